@@ -1,0 +1,78 @@
+"""The command line: one verb per stage, each looked up in `quantkit/commands/`."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from quantkit import __version__, console
+from quantkit.errors import QuantkitError
+
+# Verb, file in quantkit/commands/ (function `run`), in the order data flows.
+COMMANDS: tuple[tuple[str, str], ...] = ()
+
+app = typer.Typer(
+    help="W4A4 quantization of Hugging Face checkpoints: every step reads one and writes one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _verb, _module in COMMANDS:
+    app.command(_verb)(importlib.import_module(f"quantkit.commands.{_module}").run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit code (0, 1, 2, 3, 4 or 130)."""
+    try:
+        app(arguments)
+    except QuantkitError as error:
+        _fail(error.message, error.hint, error.exit_code, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", "run the same command again to continue", 130, error)
+    except OSError as error:
+        hint = None
+        if error.errno == errno.ENOSPC:
+            hint = "free some space and run the same command again: finished work is kept"
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", hint, 1, error)
+    except MemoryError as error:
+        _fail("out of memory", "use fewer or shorter samples", 1, error)
+    except Exception as error:  # a defect of ours: still one line, the traceback on request
+        _fail(
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            "this is a defect of quantkit; QUANTKIT_DEBUG=1 shows the traceback",
+            1,
+            error,
+        )
+
+
+def _fail(message: str, hint: str | None, code: int, error: BaseException) -> None:
+    if os.environ.get("QUANTKIT_DEBUG"):
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    console.OUTPUT.quiet = True
+    sys.exit(code)
