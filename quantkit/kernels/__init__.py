@@ -1,0 +1,1 @@
+"""Dual-path GEMM kernels: device code by architecture prefix, chosen and launched from here."""
