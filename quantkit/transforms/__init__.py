@@ -1,0 +1,1 @@
+"""Equivalent transforms: checkpoint to checkpoint, the function of the model unchanged."""
