@@ -25,8 +25,6 @@ def rotate(x: Tensor, size: int) -> Tensor:
     Rotating an activation and the weight [out, n] it meets leaves `x @ w.T` unchanged. Halves are
     computed in float32. Differentiable. Raises QuantkitError for a size that has no construction.
     """
-    if size < 1 or x.shape[-1] % size:
-        raise QuantkitError(f"a Hadamard of size {size} does not divide {x.shape[-1]} channels")
     return _apply(x, size, transposed=False)
 
 
