@@ -1,0 +1,1 @@
+"""Checkpoint directories: the only folder that reads and writes model files."""

@@ -1,0 +1,56 @@
+"""`.quantkit/`: the note of the last output written from a folder, so that steps can be chained."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from quantkit.checkpoint.safety import read_json
+from quantkit.errors import InputRejected, UsageError
+
+FOLDER = ".quantkit"
+FILE = "last.json"
+
+
+def record_output(cwd: Path, path: Path) -> None:
+    """Remember `path` as the last output written from `cwd`."""
+    folder = cwd / FOLDER
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f"{FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps({"output": os.path.relpath(path, cwd)}) + "\n")
+    temporary.replace(folder / FILE)
+
+
+def last_output(cwd: Path) -> Path:
+    """The last output written from `cwd`; UsageError when there is none or it is gone."""
+    note = cwd / FOLDER / FILE
+    hint = "name a checkpoint: a folder, or a model of the Hub"
+    if not note.exists():
+        raise UsageError("no checkpoint given, and no earlier step was run in this folder", hint)
+    data = read_json(note)
+    output = data.get("output") if isinstance(data, dict) else None
+    if not isinstance(output, str) or "\0" in output:
+        raise InputRejected(f"{note}: not a note of quantkit", hint)
+    path = cwd / output
+    if not path.is_dir():
+        raise UsageError(f"the last output of this folder, {output}, is gone", hint)
+    return path
+
+
+def default_output(source: Path, suffix: str, verbs: tuple[str, ...] = ()) -> Path:
+    """The output beside the input with the step's suffix: `model` -> `model-osc`.
+
+    The suffixes of the steps before (`verbs`) stay: `model-calibrated` -> `model-calibrated-osc`
+    would grow with every step, so a known suffix at the end is replaced.
+    """
+    name = source.resolve().name
+    for known in (*verbs, *SUFFIXES):
+        if name.endswith(f"-{known}"):
+            name = name[: -len(known) - 1]
+            break
+    return source.resolve().parent / f"{name}-{suffix}"
+
+
+# What steps call their outputs; one is replaced by the next.
+SUFFIXES = ("calibrated", "smoothed", "rotated", "separated", "safetensors")

@@ -1,0 +1,361 @@
+"""Write a checkpoint: streamed shards, hard links to what did not change, whole or not at all.
+
+While unfinished, everything lies in `OUTPUT.partial/`:
+
+    lock        held (flock) while a run writes
+    journal     finished tensors; see journal.py
+    data/       their bytes; see streams.py
+    files/      side files of the step
+    scratch/    whatever the step keeps to resume its own computation
+    whole/      the output being put together from the above, renamed to OUTPUT at the end
+
+A run killed at any instant leaves this folder; the same run started again continues from it and
+ends with the same bytes as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint import journal as journals
+from quantkit.checkpoint import manifest as manifests
+from quantkit.checkpoint.assemble import carry_files, place
+from quantkit.checkpoint.journal import sync_folder
+from quantkit.checkpoint.manifest import Manifest, Step, combine_digests
+from quantkit.checkpoint.reader import INDEX, SINGLE, Checkpoint, tensor_bytes
+from quantkit.checkpoint.streams import Streams
+from quantkit.errors import QuantkitError, UsageError
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+
+
+class CheckpointWriter:
+    """The output of one step: every tensor of `source` is kept, dropped or replaced, then finish.
+
+    `fingerprint` says what determines the output (verb, options, input digest, version); an
+    interrupted output with another one is refused (UsageError) unless `restart`.
+    An existing OUTPUT is refused (UsageError) unless `overwrite`, and then replaced only when the
+    new one is whole.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        source: Checkpoint,
+        *,
+        fingerprint: dict[str, Any],
+        overwrite: bool = False,
+        restart: bool = False,
+        max_shard_size: int = DEFAULT_SHARD_SIZE,
+    ) -> None:
+        self.output, self.source = Path(output), source
+        self.partial = self.output.with_name(self.output.name + ".partial")
+        self._overwrite, self._restart, self._limit = overwrite, restart, max_shard_size
+        # Through JSON once, so that tuples and lists compare equal after a restart.
+        self._fingerprint = json.loads(json.dumps(fingerprint, default=str, sort_keys=True))
+        self._kept: dict[str, None] = {}
+        self._dropped: set[str] = set()
+        self._removed_files: set[str] = set()
+        self._lock = -1
+        self._streams: Streams
+        self._finished = False
+
+    # -- opening and closing ------------------------------------------------------------------
+
+    def __enter__(self) -> CheckpointWriter:
+        check_output(self.output, self.source.path, self._overwrite)
+        self._lock = _locked_folder(self.partial)
+        try:
+            self._streams = self._open_streams()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def _open_streams(self) -> Streams:
+        head = {
+            "fingerprint": self._fingerprint,
+            "max_shard_size": self._limit,
+            "header": _header_room(len(self.source.tensors)),
+        }
+        path = self.partial / "journal"
+        journal = None if self._restart else journals.resume(path)
+        if journal is not None and journal.head != head:
+            journal.close()
+            raise UsageError(
+                f"{self.partial} was begun by a different run ({_difference(journal.head, head)})",
+                "repeat that run to continue it, or give --restart to discard it",
+            )
+        if journal is None:
+            for entry in self.partial.iterdir():
+                if entry.name != "lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            journal = journals.create(path, head)
+        for name in ("data", "files", "scratch"):
+            (self.partial / name).mkdir(exist_ok=True)
+        return Streams(self.partial / "data", journal, head["header"], self._limit)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if not self._finished:
+                self._streams.flush()
+        except OSError:
+            if error is None:
+                raise
+        finally:
+            self._streams.close()
+            os.close(self._lock)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what the step itself needs to resume; gone when the output is whole."""
+        return self.partial / "scratch"
+
+    # -- tensors ------------------------------------------------------------------------------
+
+    def keep(self, name: str) -> None:
+        """Take a tensor of the source over unchanged."""
+        self.source.info(name)
+        self._kept[name] = None
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor of the source out (its replacement is written under other names)."""
+        self.source.info(name)
+        self._dropped.add(name)
+
+    def keep_rest(self) -> None:
+        """Keep every tensor of the source that was neither written nor dropped."""
+        for name in self.source.tensors:
+            if name not in self._dropped and not self.done(name):
+                self.keep(name)
+
+    def done(self, name: str) -> bool:
+        """Whether `name` was written, by this run or the interrupted one it continues."""
+        return name in self._streams.entries
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a new or changed tensor; one that is already done is left as it is."""
+        if self.done(name):
+            return
+        data = tensor.detach().to("cpu").contiguous()
+        view = tensor_bytes(data)
+        self._append(name, data.dtype, tuple(data.shape), len(view), [view])
+
+    def _append(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        nbytes: int,
+        pieces: Iterable[memoryview],
+    ) -> None:
+        self._streams.append(name, dtype, shape, nbytes, pieces, ragged=nbytes % 8 != 0)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read back a tensor that is done."""
+        entry = self._streams.entries[name]
+        out = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        self._streams.read(name, tensor_bytes(out))
+        return out.view(entry.dtype).view(entry.shape)
+
+    def flush(self) -> None:
+        """Make everything written so far durable (done by itself every few seconds)."""
+        self._streams.flush()
+
+    # -- files --------------------------------------------------------------------------------
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a side file (`config.json`, `statistics.safetensors`, ...) of the output."""
+        target = self.partial / "files" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + ".new")
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+
+    def drop_file(self, name: str) -> None:
+        """Do not take a side file of the source along."""
+        self._removed_files.add(name)
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def finish(self, step: Step) -> Path:
+        """Put the output together, write its manifest with `step` added, rename it into place."""
+        source, streams = self.source, self._streams
+        lost = [
+            name
+            for name in source.tensors
+            if name not in self._kept and name not in self._dropped and not self.done(name)
+        ]
+        if lost:
+            raise RuntimeError(f"{len(lost)} tensors were neither kept nor written: {lost[0]} ...")
+        linked = self._unchanged_shards()
+        for name, info in source.tensors.items():
+            if name in self._kept and info.shard not in linked and not self.done(name):
+                pieces = source.chunks(name)
+                self._append(name, info.dtype, info.shape, info.nbytes, pieces)
+        streams.gather_ragged()
+        streams.write_headers()
+
+        whole = self.partial / "whole"
+        if whole.exists():
+            shutil.rmtree(whole)
+        whole.mkdir()
+        shards = [source.shards[shard] for shard in linked]
+        shards += [streams.path(shard) for shard in streams.shards]
+        names = _shard_names(len(shards))
+        for real, name in zip(shards, names, strict=True):
+            place(real, whole / name)
+        weight_map = {
+            info.name: names[linked.index(info.shard)]
+            for info in source.tensors.values()
+            if info.shard in linked
+        }
+        for entry in streams.entries.values():
+            weight_map[entry.name] = names[len(linked) + streams.shards.index(entry.file)]
+        weights = self._weights(set(weight_map))
+        digest = combine_digests(weights)
+        same_weights = source.manifest is not None and digest == source.manifest.weights_digest
+        carry_files(
+            source.path,
+            whole,
+            skip=self._removed_files | set(source.shards),
+            statistics=same_weights or not streams.entries,
+        )
+        shutil.copytree(self.partial / "files", whole, dirs_exist_ok=True)
+        total = sum(source.tensors[n].nbytes for n in weight_map if n not in streams.entries)
+        total += sum(entry.end - entry.start for entry in streams.entries.values())
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: weight_map[name] for name in sorted(weight_map)},
+        }
+        (whole / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
+        before = source.manifest.steps if source.manifest else []
+        digests = {name: weights[name][2] for name in sorted(weights)}
+        record = Manifest([*before, step], digest, digests)
+        (whole / manifests.FILE).write_bytes(record.encode())
+        self._publish(whole)
+        return self.output
+
+    def _unchanged_shards(self) -> list[str]:
+        changed = {
+            info.shard
+            for info in self.source.tensors.values()
+            if info.name not in self._kept or info.name in self._streams.entries
+        }
+        return [shard for shard in self.source.shards if shard not in changed]
+
+    def _weights(self, names: set[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...], str]]:
+        entries = self._streams.entries
+        weights = {e.name: (e.dtype, e.shape, e.digest) for e in entries.values()}
+        rest = names - set(entries)
+        if rest:
+            digests = self.source.tensor_digests()
+            tensors = self.source.tensors
+            weights |= {n: (tensors[n].dtype, tensors[n].shape, digests[n]) for n in rest}
+        return weights
+
+    def _publish(self, whole: Path) -> None:
+        for folder, _, files in os.walk(whole):
+            for name in files:
+                descriptor = os.open(Path(folder, name), os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            sync_folder(Path(folder))
+        if self.output.exists():
+            self.output.rename(self.partial / "replaced")
+        whole.rename(self.output)
+        sync_folder(self.output.parent)
+        self._finished = True
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Raise UsageError when `output` exists (without overwrite) or is mixed up with the input."""
+    here, there = output.resolve(), source.resolve()
+    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
+        raise UsageError(
+            f"{output}: the output cannot be the input or lie inside it",
+            "a step never changes files in place: give another output with -o",
+        )
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise UsageError(f"{output}: exists and is not a folder", "give another output with -o")
+    if output.exists() and not overwrite:
+        raise UsageError(
+            f"{output}: exists already", "give --overwrite to replace it, or another -o"
+        )
+
+
+def _locked_folder(partial: Path) -> int:
+    """Create the folder and hold its lock; QuantkitError when another run does."""
+    while True:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # another run finished and removed the folder in between
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise QuantkitError(
+                f"{partial}: another run is writing this output", "wait for it, or give another -o"
+            ) from None
+        try:
+            if os.fstat(lock).st_ino == (partial / "lock").stat().st_ino:
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # we locked a file that is no longer the lock
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Name what differs between two fingerprints: `scheme: 'osc', now 'mxfp4'`."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key in value for k, v in flat(value[key], f"{prefix}.{key}").items()}
+
+    before, after = flat(old), flat(new)
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    shown = [
+        f"{name.removeprefix('.fingerprint').lstrip('.')} was {_brief(before.get(name))}, "
+        f"now {_brief(after.get(name))}"
+        for name in names[:4]
+    ]
+    return "; ".join(shown) + ("; ..." if len(names) > 4 else "")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _header_room(tensors: int) -> int:
+    """Bytes reserved for a shard's header: 1 KiB a source tensor, between 16 KiB and 1 MiB."""
+    return min(max(tensors * 1024, 16 * 1024), 1024 * 1024)
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
