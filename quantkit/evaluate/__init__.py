@@ -1,0 +1,1 @@
+"""Checkpoints -> numbers: perplexity, tasks, diagnosis, and the report that shows them."""

@@ -1,0 +1,77 @@
+"""Task data without a network: ARC-shaped questions, and the MMLU questions of lm-eval's wheel."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+
+def write_arc(folder: Path, questions: int = 12, seed: int = 0) -> Path:
+    """Write `arc_easy/` and `arc_challenge/` in the schema of the Hub data set."""
+    rng = random.Random(seed)
+    for task in ("arc_easy", "arc_challenge"):
+        for split, count in (("train", 4), ("validation", 2), ("test", questions)):
+            rows = [_sum(rng, f"{task}-{split}-{i}", task == "arc_challenge") for i in range(count)]
+            _write(folder / task / f"{split}.jsonl", rows)
+    return folder
+
+
+def _sum(rng: random.Random, name: str, hard: bool) -> dict[str, Any]:
+    a, b = rng.randrange(2, 90 if hard else 9), rng.randrange(2, 9)
+    options = [a + b, a + b + 1, a * b + 7, abs(a - b)]
+    order = rng.sample(range(4), 4)
+    return {
+        "id": name,
+        "question": f"A farmer has {a} sheep and buys {b} more. How many sheep are there?",
+        "choices": {
+            "text": [f"{options[i]} sheep" for i in order],
+            "label": ["A", "B", "C", "D"],
+        },
+        "answerKey": "ABCD"[order.index(0)],
+    }
+
+
+def mmlu_questions() -> list[dict[str, Any]]:
+    """The MMLU development questions that lm-eval carries inside chain-of-thought prompts."""
+    import lm_eval
+
+    prompts = Path(lm_eval.__file__).parent / "tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
+    option = re.compile(r"\(([ABCD])\)\s*(.*?)\s*(?=\([ABCD]\)|$)", re.S)
+    found = []
+    for subject, text in json.loads(prompts.read_text(encoding="utf-8")).items():
+        for block in re.split(r"\n\n(?=Q: )", text)[1:]:
+            asked, _, reasoning = block[3:].rpartition("\nA: ")
+            question, _, choices = asked.rpartition("\n(A)")
+            answer = re.search(r"answer is \(([ABCD])\)", reasoning)
+            options = [t for _, t in option.findall(f"(A){choices}")]
+            if answer and question and len(options) == 4:
+                found.append(
+                    {
+                        "question": question.strip(),
+                        "subject": subject,
+                        "choices": options,
+                        "answer": "ABCD".index(answer[1]),
+                    }
+                )
+    return found
+
+
+def write_mmlu(folder: Path, per_subject: int = 2, subjects: int = 3) -> Path:
+    """Write `mmlu/` as one flat file per split with a `subject` column, as the Hub's `all`."""
+    by_subject: dict[str, list[dict[str, Any]]] = {}
+    for question in mmlu_questions():
+        by_subject.setdefault(question["subject"], []).append(question)
+    chosen = sorted(s for s, rows in by_subject.items() if len(rows) > per_subject)[:subjects]
+    rows = [row for s in chosen for row in by_subject[s]]
+    cut = {s: by_subject[s][:per_subject] for s in chosen}
+    _write(folder / "mmlu" / "test.jsonl", [row for part in cut.values() for row in part])
+    _write(folder / "mmlu" / "dev.jsonl", [row for row in rows if row not in cut[row["subject"]]])
+    return folder
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
