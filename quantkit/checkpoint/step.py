@@ -18,6 +18,7 @@ block without `finish`, by an exception or not, keeps what is done for the same 
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -131,7 +132,10 @@ def begin_step(
         restart=target.restart,
         max_shard_size=target.max_shard_size,
     ) as writer:
-        yield OpenStep(verb, source, writer, dict(options), seed, digest, started)
+        step = OpenStep(verb, source, writer, dict(options), seed, digest, started)
+        # Where the input lies, seen from the output: both may move together.
+        step.notes["input"] = os.path.relpath(source.path.resolve(), output.resolve())
+        yield step
 
 
 def versions() -> dict[str, str]:

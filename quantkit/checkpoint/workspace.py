@@ -13,6 +13,13 @@ FOLDER = ".quantkit"
 FILE = "last.json"
 
 
+def user_cache(name: str) -> Path:
+    """The folder `name` of this user's cache: under QUANTKIT_CACHE, or the system's usual place."""
+    if root := os.environ.get("QUANTKIT_CACHE"):
+        return Path(root).expanduser() / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quantkit" / name
+
+
 def record_output(cwd: Path, path: Path) -> None:
     """Remember `path` as the last output written from `cwd`."""
     folder = cwd / FOLDER
