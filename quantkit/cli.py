@@ -14,7 +14,10 @@ from quantkit import __version__, console
 from quantkit.errors import QuantkitError
 
 # Verb, file in quantkit/commands/ (function `run`), in the order data flows.
-COMMANDS: tuple[tuple[str, str], ...] = ()
+COMMANDS: tuple[tuple[str, str], ...] = (
+    ("convert", "convert"),
+    ("inspect", "inspect"),
+)
 
 app = typer.Typer(
     help="W4A4 quantization of Hugging Face checkpoints: every step reads one and writes one.",

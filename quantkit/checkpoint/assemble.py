@@ -24,6 +24,15 @@ def place(real: Path, target: Path) -> None:
         shutil.copyfile(real, target)
 
 
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy every file below `source` to the same place below `target`, over what is there."""
+    for folder, _, files in os.walk(source):
+        here = target / Path(folder).relative_to(source)
+        here.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(Path(folder, file), here / file)
+
+
 def carry_files(source: Path, target: Path, *, skip: set[str], statistics: bool) -> None:
     """Copy tokenizer, configs, templates, licence and the like from `source` to `target`.
 

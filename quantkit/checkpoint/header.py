@@ -20,8 +20,9 @@ import torch
 from quantkit.checkpoint.safety import open_regular, strict_json
 from quantkit.errors import InputRejected
 
-# Real headers take about 120 bytes a tensor; this is room for a quarter of a million tensors.
-MAX_HEADER_BYTES = 32 * 1024 * 1024
+# Real headers take about 120 bytes a tensor; this is room for a hundred thousand in one file.
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+MAX_NAME = 1024
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -104,6 +105,8 @@ def read_header(path: Path) -> list[TensorInfo]:
 
 def _tensor(path: Path, name: str, entry: object, begin: int) -> TensorInfo:
     shown = _shown(name)
+    if not name.isprintable() or len(name) > MAX_NAME:  # also: half a surrogate pair
+        raise _corrupt(path, f"the tensor name {ascii(name)[:80]} is not a name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(path, f"tensor {shown} lacks dtype, shape or data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -118,17 +121,19 @@ def _tensor(path: Path, name: str, entry: object, begin: int) -> TensorInfo:
         if not shape or shape[-1] % 2:
             raise _corrupt(path, f"tensor {shown} has an odd number of 4-bit columns")
         shape = [*shape[:-1], shape[-1] // 2]
+    if math.prod(max(size, 1) for size in shape) >= 2**62:  # strides of an empty tensor overflow
+        raise _corrupt(path, f"tensor {shown} has an impossible shape")
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
         raise _corrupt(path, f"tensor {shown}: shape and data_offsets disagree")
     return TensorInfo(name, dtype, tuple(shape), path.name, begin + offsets[0], begin + offsets[1])
 
 
 def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**62 for v in value)
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**48 for v in value)
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -13,7 +13,7 @@ import torch
 
 from quantkit import __version__
 from quantkit.checkpoint.header import DTYPE_NAMES
-from quantkit.checkpoint.safety import read_json
+from quantkit.checkpoint.safety import inside, read_json
 from quantkit.errors import InputRejected
 
 FILE = "quantkit.json"
@@ -63,9 +63,9 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest | None:
     """Read `quantkit.json` of a checkpoint folder; None without one, InputRejected when bad."""
     path = folder / FILE
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
-    data = read_json(path)
+    data = read_json(inside(folder, FILE))
     if not isinstance(data, dict):
         raise InputRejected(f"{path}: not a quantkit manifest")
     if data.get("format") != FORMAT:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Checkpoint:
     shards: dict[str, Path]  # file name -> real path, in order
     _files: dict[str, int] = field(default_factory=dict, repr=False)
     _digests: dict[str, str] | None = field(default=None, repr=False)
+    _opening: Lock = field(default_factory=Lock, repr=False)
 
     def names(self) -> list[str]:
         """Tensor names in shard order."""
@@ -97,10 +99,11 @@ class Checkpoint:
             yield piece
 
     def _file(self, shard: str) -> int:
-        if shard not in self._files:
-            with open_regular(self.shards[shard]) as file:
-                self._files[shard] = os.dup(file.fileno())
-        return self._files[shard]
+        with self._opening:  # tensors may be read from several threads
+            if shard not in self._files:
+                with open_regular(self.shards[shard]) as file:
+                    self._files[shard] = os.dup(file.fileno())
+            return self._files[shard]
 
     def tensor_digests(self) -> dict[str, str]:
         """The sha256 of every tensor's bytes: from the manifest when it is newer than the shards,
@@ -108,8 +111,6 @@ class Checkpoint:
         if self._digests is None:
             self._digests = self._recorded_digests()
         if self._digests is None:
-            for shard in self.shards:
-                self._file(shard)  # opened here: threads only read
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 found = pool.map(self._digest, self.tensors)
                 self._digests = dict(zip(self.tensors, found, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import stat
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +19,11 @@ OTHER_WEIGHTS = (
     *(".npy", ".npz", ".mlmodel", ".pb", ".engine", ".plan", ".params", ".distcp"),
 )
 CODE = (".py", ".pyc", ".pyo", ".so", ".sh", ".dll", ".exe", ".js", ".ipynb")
-MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_JSON_BYTES = 32 * 1024 * 1024
+# A few bytes of JSON can cost fifty in memory, so containers and values are counted before parsing.
+# An index or manifest of 150,000 tensors, the largest models there are, stays far below.
+MAX_CONTAINERS, MAX_VALUES = 400_000, 2_000_000
+MAX_DEPTH = 64
 
 
 def strict_json(data: bytes, path: Path) -> Any:
@@ -28,16 +33,36 @@ def strict_json(data: bytes, path: Path) -> Any:
     """
     if len(data) > MAX_JSON_BYTES:
         raise InputRejected(f"{path}: {len(data)} bytes are too many for a JSON file")
+    if data.count(b"[") + data.count(b"{") > MAX_CONTAINERS or data.count(b",") > MAX_VALUES:
+        raise InputRejected(f"{path}: its JSON has too many values")
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
+        if _depth_exceeds(value, MAX_DEPTH):
+            raise RecursionError
+        return value
     except UnicodeDecodeError:
         raise InputRejected(f"{path}: its JSON is not UTF-8") from None
     except RecursionError:
         raise InputRejected(f"{path}: its JSON is nested too deeply") from None
     except ValueError as error:
         raise InputRejected(f"{path}: bad JSON: {str(error)[:120]}") from None
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        inner = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += [v for v in part.values() if isinstance(v, dict | list)]
+            elif isinstance(part, list):
+                inner += [v for v in part if isinstance(v, dict | list)]
+        if not inner:
+            return False
+        level = inner
+    return True
 
 
 def read_json(path: Path) -> Any:
@@ -113,7 +138,7 @@ def refuse_pickle(folder: Path) -> None:
     if names:
         raise InputRejected(
             f"{folder}: only pickled weights ({names[0]}), which can run code when they are read",
-            f"where you trust them: quantkit convert {folder} -o {folder}-safetensors",
+            f"convert them without running any: quantkit convert {shlex.quote(str(folder))}",
         )
 
 

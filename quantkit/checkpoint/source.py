@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 from quantkit import console
+from quantkit.checkpoint.reader import INDEX, SINGLE
+from quantkit.checkpoint.safety import inside, plain_name, read_json
 from quantkit.errors import InputRejected, QuantkitError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?|[\w.-]+(@[\w./-]+)?")
@@ -44,7 +46,7 @@ def _from_hub(text: str) -> Path:
         folder = snapshot_download(
             name, revision=revision_or_none, allow_patterns=list(_FETCHED), local_files_only=True
         )
-        if (Path(folder) / "config.json").exists():
+        if _complete(Path(folder)):
             return Path(folder)
     except LocalEntryNotFoundError:
         pass
@@ -64,3 +66,13 @@ def _from_hub(text: str) -> Path:
             f"{text}: no such folder here, and the Hub did not give it: {reason}",
             "give a local folder, or check the name and the network",
         ) from None
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a cached snapshot has its weights (a configuration alone is often cached)."""
+    if not (folder / INDEX).exists():
+        return (folder / SINGLE).exists() or any(folder.glob("*.bin"))
+    data = read_json(inside(folder, INDEX))
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return all((folder / plain_name(file, folder / INDEX)).exists() for file in files)

@@ -132,6 +132,8 @@ def begin_step(
         restart=target.restart,
         max_shard_size=target.max_shard_size,
     ) as writer:
+        if writer.finished:
+            console.note(f"continuing an interrupted run: {writer.finished} tensors are done")
         step = OpenStep(verb, source, writer, dict(options), seed, digest, started)
         # Where the input lies, seen from the output: both may move together.
         step.notes["input"] = os.path.relpath(source.path.resolve(), output.resolve())

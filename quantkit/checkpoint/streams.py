@@ -40,11 +40,10 @@ class Streams:
     def _replay(self) -> None:
         """Take over what an interrupted run finished; cut off what it did not."""
         journal = self._journal
-        for entry in journal.flushed:
-            self._add(entry)
-        for entry in journal.unflushed:
-            if not self._intact(entry):
-                break  # later bytes of the same file cannot be trusted either
+        on_disk = len(journal.flushed)
+        for i, entry in enumerate([*journal.flushed, *journal.unflushed]):
+            if not self._present(entry) or (i >= on_disk and not self._intact(entry)):
+                break  # what follows in the same file cannot be trusted either
             self._add(entry)
         for path in self._folder.iterdir():
             if path.name not in self._ends:
@@ -52,10 +51,11 @@ class Streams:
         for name, end in self._ends.items():
             os.ftruncate(self._file(name), end)
 
-    def _intact(self, entry: Entry) -> bool:
+    def _present(self, entry: Entry) -> bool:
         path = self._folder / entry.file
-        if not path.exists() or path.stat().st_size < entry.end:
-            return False
+        return path.exists() and path.stat().st_size >= entry.end
+
+    def _intact(self, entry: Entry) -> bool:
         digest = hashlib.sha256()
         for piece in self.pieces(entry):
             digest.update(piece)

@@ -45,19 +45,21 @@ def last_output(cwd: Path) -> Path:
     return path
 
 
-def default_output(source: Path, suffix: str, verbs: tuple[str, ...] = ()) -> Path:
-    """The output beside the input with the step's suffix: `model` -> `model-osc`.
+def default_output(source: Path, suffix: str) -> Path:
+    """The output beside the input, with the step's suffix: `model` -> `model-osc`.
 
-    The suffixes of the steps before (`verbs`) stay: `model-calibrated` -> `model-calibrated-osc`
-    would grow with every step, so a known suffix at the end is replaced.
+    Suffixes of steps that leave the weights alone are replaced: `model-calibrated` -> `model-osc`.
+    A model in the Hub cache gets its output in the working folder.
     """
-    name = source.resolve().name
-    for known in (*verbs, *SUFFIXES):
-        if name.endswith(f"-{known}"):
-            name = name[: -len(known) - 1]
-            break
-    return source.resolve().parent / f"{name}-{suffix}"
+    real = source.resolve()
+    if real.parent.name == "snapshots":  # .../models--owner--name/snapshots/REVISION
+        name, folder = real.parent.parent.name.split("--")[-1], Path.cwd()
+    else:
+        name, folder = real.name or "model", real.parent
+    for known in REPLACED_SUFFIXES:
+        name = name.removesuffix(f"-{known}")
+    output = folder / f"{name}-{suffix}"
+    return output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
 
 
-# What steps call their outputs; one is replaced by the next.
-SUFFIXES = ("calibrated", "smoothed", "rotated", "separated", "safetensors")
+REPLACED_SUFFIXES = ("calibrated", "separated")

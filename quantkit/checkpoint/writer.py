@@ -28,7 +28,7 @@ import torch
 
 from quantkit.checkpoint import journal as journals
 from quantkit.checkpoint import manifest as manifests
-from quantkit.checkpoint.assemble import carry_files, place
+from quantkit.checkpoint.assemble import carry_files, copy_tree, place
 from quantkit.checkpoint.journal import sync_folder
 from quantkit.checkpoint.manifest import Manifest, Step, combine_digests
 from quantkit.checkpoint.reader import INDEX, SINGLE, Checkpoint, tensor_bytes
@@ -67,7 +67,7 @@ class CheckpointWriter:
         self._removed_files: set[str] = set()
         self._lock = -1
         self._streams: Streams
-        self._finished = False
+        self._published = False
 
     # -- opening and closing ------------------------------------------------------------------
 
@@ -75,6 +75,10 @@ class CheckpointWriter:
         check_output(self.output, self.source.path, self._overwrite)
         self._lock = _locked_folder(self.partial)
         try:
+            replaced = self.partial / "replaced"
+            if replaced.exists() and not self.output.exists():
+                replaced.rename(self.output)  # killed between the two renames of an overwrite
+                check_output(self.output, self.source.path, self._overwrite)
             self._streams = self._open_streams()
         except BaseException:
             os.close(self._lock)
@@ -111,14 +115,21 @@ class CheckpointWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if not self._finished:
+            if not self._published:
                 self._streams.flush()
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(self.partial)  # a full disk is named by its one line
         except OSError:
             if error is None:
                 raise
         finally:
             self._streams.close()
             os.close(self._lock)
+
+    @property
+    def finished(self) -> int:
+        """How many tensors are done."""
+        return len(self._streams.entries)
 
     @property
     def scratch(self) -> Path:
@@ -231,14 +242,13 @@ class CheckpointWriter:
             weight_map[entry.name] = names[len(linked) + streams.shards.index(entry.file)]
         weights = self._weights(set(weight_map))
         digest = combine_digests(weights)
-        same_weights = source.manifest is not None and digest == source.manifest.weights_digest
         carry_files(
             source.path,
             whole,
             skip=self._removed_files | set(source.shards),
-            statistics=same_weights or not streams.entries,
+            statistics=not streams.entries and not self._dropped,
         )
-        shutil.copytree(self.partial / "files", whole, dirs_exist_ok=True)
+        copy_tree(self.partial / "files", whole)
         total = sum(source.tensors[n].nbytes for n in weight_map if n not in streams.entries)
         total += sum(entry.end - entry.start for entry in streams.entries.values())
         index = {
@@ -284,7 +294,9 @@ class CheckpointWriter:
             self.output.rename(self.partial / "replaced")
         whole.rename(self.output)
         sync_folder(self.output.parent)
-        self._finished = True
+        self._published = True
+        # First the journal: what a kill leaves of this folder must not look like finished work.
+        (self.partial / "journal").unlink()
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
