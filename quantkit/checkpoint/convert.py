@@ -7,7 +7,6 @@ code of the file runs; the memory map keeps what was not yet written out of memo
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +78,9 @@ def _tensors(files: list[Path], *, skip_shared: bool) -> Iterator[tuple[str, tor
     for file in files:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError) as error:
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # a damaged pickle fails anywhere in the loader
             if "mmap" in str(error):  # the format before torch 1.6 cannot be mapped
                 state = _load_whole(file)
             else:
@@ -100,7 +101,9 @@ def _tensors(files: list[Path], *, skip_shared: bool) -> Iterator[tuple[str, tor
 def _load_whole(file: Path) -> object:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, ValueError, EOFError):
+    except (OSError, MemoryError):
+        raise
+    except Exception:
         raise _refused(file) from None
 
 

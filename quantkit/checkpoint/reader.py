@@ -26,7 +26,7 @@ from quantkit.errors import InputRejected
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHUNK = 16 * 1024 * 1024
+CHUNK = 4 * 1024 * 1024
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from quantkit.checkpoint.ancestry import origin
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.checkpoint.step import Target, begin_step
-from tests.checkpoint.test_writer import make
+from tests.checkpoint.folders import sharded
 
 
 def step(verb: str, source: Path, output: Path, fill: float | None = None) -> None:
@@ -25,7 +25,7 @@ def step(verb: str, source: Path, output: Path, fill: float | None = None) -> No
 @pytest.fixture
 def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    make(tmp_path / "a" / "model")
+    sharded(tmp_path / "a" / "model")
     step("calibrate", Path("a/model"), tmp_path / "b")
     step("smooth", Path("b"), tmp_path / "c", 1.0)
     step("pack", Path("c"), tmp_path / "d", 2.0)
