@@ -22,7 +22,7 @@ NAN_EXPONENT = 128  # code 255: the whole block is NaN
 _MANTISSA = 23  # of float32
 
 
-def _carry(element: Element, rule: str) -> int:
+def carry(element: Element, rule: str) -> int:
     """The integer that, added to a float32's bits, carries into the exponent when `rule` bumps."""
     one = 1 << _MANTISSA
     if rule == "floor":
@@ -45,7 +45,7 @@ def scale_exponent(amax: Tensor, element: Element, rule: str = "even") -> Tensor
     """
     bits = amax.float().view(torch.int32)
     finite = bits < 0x7F800000
-    power = ((bits.where(finite, 0) + _carry(element, rule)) >> _MANTISSA) - 127
+    power = ((bits.where(finite, 0) + carry(element, rule)) >> _MANTISSA) - 127
     exponent = (power - element.max_exponent).clamp(-127, largest_exponent(element))
     return exponent.where(finite, NAN_EXPONENT)
 

@@ -1,1 +1,5 @@
-"""Dual-path GEMM kernels: device code by architecture prefix, chosen and launched from here."""
+"""Dual-path GEMM kernels: device code by architecture prefix, chosen and launched from here.
+
+`capability` is the table of what runs where, `dispatch` picks a row for a packed linear and
+reports it, `generate` fills in template arguments, `jit` compiles.
+"""

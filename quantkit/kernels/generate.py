@@ -1,0 +1,94 @@
+"""Kernel sources: an include and one instantiation line filled with numbers, tiles by shape.
+
+The device code is in the `.cuh` files; nothing here writes algorithm text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from quantkit.kernels.capability import KERNELS, Kernel
+
+OUTPUTS = ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A compilable kernel: arguments of `jit.compile` and `jit.load`."""
+
+    text: str
+    name: str
+    arch: str
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An MMA tile: output channels x tokens x k (elements)."""
+
+    outputs: int
+    tokens: int
+    k: int
+
+
+# Blackwell, 4-bit operands. sm100: 256 outputs are a pair of SMs. (tokens at most, tile), in order.
+# k is 128 bytes of 4-bit operand a row on sm100; sm120 has the shared memory for half of it.
+BLOCKSCALED_TILES: dict[str, tuple[tuple[int, Tile], ...]] = {
+    "sm_100a": (
+        (64, Tile(128, 64, 256)),
+        (512, Tile(128, 128, 256)),
+        (1 << 31, Tile(256, 256, 256)),
+    ),
+    "sm_120a": ((1 << 31, Tile(128, 128, 128)),),
+}
+
+
+def blockscaled_tile(kernel: Kernel, tokens: int) -> Tile:
+    """Return the tile for `tokens` rows: the narrowest that holds them, then the fastest."""
+    tile = next(tile for most, tile in BLOCKSCALED_TILES[kernel.arch] if tokens <= most)
+    # An 8-bit operand (a 4-bit one beside it is widened on its way) fills twice the bytes.
+    wide = "mxfp8" in (kernel.weights, kernel.activations)
+    return Tile(tile.outputs, tile.tokens, min(tile.k, 128)) if wide else tile
+
+
+def blockscaled_gemm(kernel: Kernel, tile: Tile, output: str, branch: bool) -> Source:
+    """Instantiate the Blackwell block-scaled GEMM (`sm100_`, `sm120_blockscaled_gemm.cuh`)."""
+    stem = kernel.arch[:-1].replace("_", "")
+    arguments = ", ".join(
+        (
+            *(f"quantkit::{name}" for name in (kernel.weights, kernel.activations, output)),
+            str(branch).lower(),
+            *(str(extent) for extent in (tile.outputs, tile.tokens, tile.k)),
+        )
+    )
+    text = (
+        f'#include "{stem}_blockscaled_gemm.cuh"\n'
+        f"QUANTKIT_EXPORT(quantkit::{stem.capitalize()}BlockScaledGemm<{arguments}>::type)\n"
+    )
+    return Source(text, f"{stem}_blockscaled_gemm", kernel.arch)
+
+
+def quantize_act(arch: str, activations: str, dtype: str, rotate: bool) -> Source:
+    """Instantiate the activation kernel of the Blackwell GEMM (`sm1xx_quantize_act.cuh`)."""
+    element = {"bf16": "__nv_bfloat16", "fp16": "__half"}[dtype]
+    text = (
+        '#include "sm1xx_quantize_act.cuh"\n'
+        f"QUANTKIT_EXPORT_QUANTIZE({element}, quantkit::Format::{activations}, "
+        f"{str(rotate).lower()})\n"
+    )
+    return Source(text, "sm1xx_quantize_act", arch)
+
+
+def sources(arch: str) -> Iterator[Source]:
+    """Every source that can be needed at run time on `arch`, for building ahead of time."""
+    for kernel in KERNELS:
+        if kernel.arch != arch:
+            continue
+        if kernel.module == "sm1xx_blockscaled":
+            yield quantize_act(arch, kernel.activations, "bf16", rotate=False)
+            if kernel.activations != "nvfp4":
+                yield quantize_act(arch, kernel.activations, "bf16", rotate=True)
+            tiles = {blockscaled_tile(kernel, most) for most, _ in BLOCKSCALED_TILES[arch]}
+            for tile in sorted(tiles, key=lambda tile: (tile.outputs, tile.tokens)):
+                for branch in (False, True):
+                    yield blockscaled_gemm(kernel, tile, "bf16", branch)
