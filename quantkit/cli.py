@@ -13,10 +13,12 @@ import typer
 from quantkit import __version__, console
 from quantkit.errors import QuantkitError
 
-# Verb, file in quantkit/commands/ (function `run`), in the order data flows.
+# Verb, file in quantkit/commands/ (function `run`, or an `app` of its own), as data flows.
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("convert", "convert"),
     ("inspect", "inspect"),
+    ("doctor", "doctor"),
+    ("kernels", "kernels"),
 )
 
 app = typer.Typer(
@@ -43,7 +45,11 @@ def _root(
 
 
 for _verb, _module in COMMANDS:
-    app.command(_verb)(importlib.import_module(f"quantkit.commands.{_module}").run)
+    _command = importlib.import_module(f"quantkit.commands.{_module}")
+    if hasattr(_command, "app"):
+        app.add_typer(_command.app, name=_verb)
+    else:
+        app.command(_verb)(_command.run)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ The device code is in the `.cuh` files; nothing here writes algorithm text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from quantkit.kernels.capability import KERNELS, Kernel
@@ -79,16 +79,28 @@ def quantize_act(arch: str, activations: str, dtype: str, rotate: bool) -> Sourc
     return Source(text, "sm1xx_quantize_act", arch)
 
 
-def sources(arch: str) -> Iterator[Source]:
-    """Every source that can be needed at run time on `arch`, for building ahead of time."""
+def sources(arch: str, pairs: Sequence[tuple[str, str]] | None = None) -> Iterator[Source]:
+    """Yield every source that can be needed at run time on `arch` with bfloat16 activations.
+
+    `pairs` (weights, activations) keeps only those formats.
+    """
+    seen = set()
     for kernel in KERNELS:
-        if kernel.arch != arch:
-            continue
-        if kernel.module == "sm1xx_blockscaled":
-            yield quantize_act(arch, kernel.activations, "bf16", rotate=False)
-            if kernel.activations != "nvfp4":
-                yield quantize_act(arch, kernel.activations, "bf16", rotate=True)
-            tiles = {blockscaled_tile(kernel, most) for most, _ in BLOCKSCALED_TILES[arch]}
-            for tile in sorted(tiles, key=lambda tile: (tile.outputs, tile.tokens)):
-                for branch in (False, True):
-                    yield blockscaled_gemm(kernel, tile, "bf16", branch)
+        if kernel.arch == arch and (pairs is None or (kernel.weights, kernel.activations) in pairs):
+            for source in _FAMILIES[kernel.module](kernel):
+                if source not in seen:
+                    seen.add(source)
+                    yield source
+
+
+def _blockscaled_sources(kernel: Kernel) -> Iterator[Source]:
+    yield quantize_act(kernel.arch, kernel.activations, "bf16", rotate=False)
+    if kernel.activations != "nvfp4":
+        yield quantize_act(kernel.arch, kernel.activations, "bf16", rotate=True)
+    tiles = [blockscaled_tile(kernel, most) for most, _ in BLOCKSCALED_TILES[kernel.arch]]
+    for tile in tiles:
+        for branch in (False, True):
+            yield blockscaled_gemm(kernel, tile, "bf16", branch)
+
+
+_FAMILIES = {"sm1xx_blockscaled": _blockscaled_sources}
