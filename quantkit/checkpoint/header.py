@@ -76,6 +76,10 @@ def read_header(path: Path) -> list[TensorInfo]:
         head = file.read(8)
         if len(head) < 8:
             raise _corrupt(path, f"{size} bytes are too few for a safetensors file")
+        if head == b"version ":
+            raise InputRejected(
+                f"{path}: a pointer of Git LFS, not the file itself", "run git lfs pull there"
+            )
         (length,) = struct.unpack("<Q", head)
         if length > MAX_HEADER_BYTES:
             raise _corrupt(path, f"it claims a header of {length} bytes")

@@ -191,6 +191,8 @@ class CheckpointWriter:
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a side file (`config.json`, `statistics.safetensors`, ...) of the output."""
+        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{name!r} lies outside the output")
         target = self.partial / "files" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(target.name + ".new")
@@ -293,11 +295,13 @@ class CheckpointWriter:
         if self.output.exists():
             self.output.rename(self.partial / "replaced")
         whole.rename(self.output)
-        sync_folder(self.output.parent)
         self._published = True
-        # First the journal: what a kill leaves of this folder must not look like finished work.
-        (self.partial / "journal").unlink()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            sync_folder(self.output.parent)
+        finally:
+            # First the journal: what a kill leaves of the rest must not look like finished work.
+            (self.partial / "journal").unlink()
+            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
