@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.errors import QuantkitError
 
-RADIX = 32  # powers of two are applied as dense factors of at most this size
+RADIX = 128  # powers of two are applied as dense factors of at most this size
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
@@ -78,7 +78,8 @@ def factors(n: int) -> tuple[int, ...] | None:
 
 
 def _cost(orders: tuple[int, ...]) -> int:
-    return sum(order + 8 for order in _split(orders))
+    """Multiplications per channel, and a charge for each pass over the tensor."""
+    return sum(order + 8 if order & (order - 1) else 6 * order.bit_length() for order in orders)
 
 
 def largest_size(n: int) -> int:

@@ -1,0 +1,105 @@
+"""The error a linear will have once packed: both operands rounded as the scheme will round them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.formats import mxfp4, mxfp8, nvfp4
+from quantkit.transforms.hadamard import rotate
+
+FORMATS = ("mxfp4", "mxfp8", "nvfp4", "int4", "none")
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a packed linear does to its operands.
+
+    `int4` is symmetric with one scale per row: per token for activations and per output channel
+    for weights, as in the SmoothRot papers. `hadamard` is the size of the online transform applied
+    to both operands before rounding (None: no transform).
+    """
+
+    weights: str = "mxfp4"
+    activations: str = "mxfp4"
+    rule: str = "even"
+    hadamard: int | None = None
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Apply the online Hadamard to operands [.., width]."""
+        return x if self.hadamard is None else rotate(x, self.hadamard)
+
+
+def fake_quantize(x: Tensor, name: str, rule: str = "even") -> Tensor:
+    """Round [.., width] to format `name` and back, in the dtype of `x`."""
+    if name == "mxfp4":
+        return mxfp4.fake_quantize(x, rule)
+    if name == "mxfp8":
+        return mxfp8.fake_quantize(x, rule)
+    if name == "nvfp4":
+        return nvfp4.fake_quantize(x)
+    if name == "int4":
+        step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 7
+        return (x / step).round_() * step
+    if name == "none":
+        return x
+    raise ValueError(f"unknown format {name!r}: one of {', '.join(FORMATS)}")
+
+
+def straight_through(x: Tensor, name: str, rule: str = "even") -> Tensor:
+    """`fake_quantize` with a gradient: rounding passes it straight through, and so does the scale.
+
+    The rounding error of a group is taken to be proportional to the group's largest magnitude,
+    which is how `x` feels the range it causes. An MX scale follows that magnitude in steps of two;
+    the gradient follows it continuously. (Holding the exponent constant instead leaves the channel
+    that sets the scale without a signal: on MXFP4 without a Hadamard it ends at larger errors.)
+    """
+    if name == "none":
+        return x
+    group = {"mxfp4": mxfp4.BLOCK, "mxfp8": mxfp8.BLOCK, "nvfp4": nvfp4.BLOCK}.get(name)
+    return _Rounded.apply(x, lambda v: fake_quantize(v, name, rule), group or x.shape[-1])
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantize: Callable[[Tensor], Tensor], group: int) -> Tensor:
+        rounded = quantize(x)
+        ctx.group = group
+        ctx.save_for_backward(x, rounded)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, rounded = ctx.saved_tensors
+        blocks = x.unflatten(-1, (-1, ctx.group))
+        index = blocks.abs().argmax(-1, keepdim=True)
+        largest = blocks.gather(-1, index)
+        pull = ((rounded - x) * grad).unflatten(-1, (-1, ctx.group)).sum(-1, keepdim=True)
+        pull = torch.where(largest == 0, 0, pull / largest)
+        grad = grad.unflatten(-1, (-1, ctx.group)).scatter_add(-1, index, pull)
+        return grad.flatten(-2), None, None
+
+
+def output_error(
+    x: Tensor, w: Tensor, simulation: Simulation, scale: Tensor | None = None
+) -> tuple[float, float]:
+    """Frobenius error of `Q(x / s) Q(w s)^T` against `x w^T`: (raw, relative to the output).
+
+    x [tokens, width], w [out, width], scale [width] or None for no smoothing.
+    """
+    weight = simulation.transform(w if scale is None else w * scale)
+    weight = fake_quantize(weight, simulation.weights, simulation.rule)
+    squared = reference = 0.0
+    for part in x.split(TOKENS_AT_ONCE):
+        part = part.to(w.dtype)
+        exact = part @ w.T
+        smoothed = simulation.transform(part if scale is None else part / scale)
+        rounded = fake_quantize(smoothed, simulation.activations, simulation.rule)
+        squared += float((rounded @ weight.T - exact).square().sum(dtype=torch.float64))
+        reference += float(exact.square().sum(dtype=torch.float64))
+    return squared**0.5, (squared / max(reference, 1e-60)) ** 0.5
