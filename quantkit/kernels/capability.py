@@ -30,7 +30,7 @@ def _blackwell(gpu: str, capability: tuple[int, int], weights: str, activations:
         arch=f"{gpu.replace('sm', 'sm_')}a",
         weights=weights,
         activations=activations,
-        branches=(None, "bf16"),
+        branches=(None, "bf16", "fp8"),
         module="sm1xx_blockscaled",
         nvcc=(12, 8),
         ran=False,

@@ -84,7 +84,7 @@ def find_nvcc() -> Path:
             return candidate
     raise MissingCompiler(
         "no CUDA compiler (nvcc) in CUDA_HOME, on PATH or in the Python environment",
-        "pip install nvidia-cuda-nvcc, or set CUDA_HOME to a CUDA toolkit of 12.8 or newer",
+        "pip install nvidia-cuda-nvcc nvidia-cuda-cccl, or set CUDA_HOME to a CUDA toolkit",
     )
 
 

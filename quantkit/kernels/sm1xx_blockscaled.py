@@ -93,11 +93,12 @@ class BlockScaledLinear(nn.Module):
     index: Tensor | None
     mask: Tensor | None
     outlier_weight: Tensor | None
+    divisor: Tensor | None
 
     def __init__(self, kernel: Kernel, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> None:
         super().__init__()
         self.row = KERNELS.index(kernel)
-        self.activations, self.rule = work.activations, work.rule
+        self.activations, self.branch, self.rule = work.activations, work.branch, work.rule
         self.rotate = work.hadamard is not None
         name = "weight" if work.weights == "mxfp8" else "weight_packed"
         codes = torch.cat([linear[name].view(torch.uint8) for linear in linears])
@@ -106,11 +107,12 @@ class BlockScaledLinear(nn.Module):
         self._keep("scales", to_tiles(scales))
         self._keep("row_scale", _row_scale(linears) if work.weights == "nvfp4" else None)
         self._keep("bias", _bias(linears))
+        self._keep("divisor", _input_divisor(linears) if work.activations == "nvfp4" else None)
         index = mask = outlier_weight = None
         if work.branch is not None:
             index = linears[0]["outlier_index"].to(torch.int32)
             mask = channel_mask(index, work.width)
-            outlier_weight = torch.cat([linear["outlier_weight"] for linear in linears])
+            outlier_weight = torch.cat([_outlier_weight(linear) for linear in linears])
         self._keep("index", index)
         self._keep("mask", mask)
         self._keep("outlier_weight", outlier_weight)
@@ -119,20 +121,38 @@ class BlockScaledLinear(nn.Module):
         self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        divisor = None
-        if self.activations == "nvfp4":
-            divisor = _divisor(x, self.mask)
         codes, scales, gathered = quantize_activations(
-            x, self.activations, self.rule, self.rotate, self.index, self.mask, divisor
+            x, self.activations, self.rule, self.rotate, self.index, self.mask, self.divisor
         )
         branch = None
         if self.outlier_weight is not None:
-            branch = torch.mm(gathered, self.outlier_weight.T, out_dtype=torch.float32)
-        token_scale = None if divisor is None else divisor.reciprocal().expand(len(x)).contiguous()
+            branch = self._branch(gathered, self.outlier_weight)
+        token_scale = None
+        if self.divisor is not None:
+            token_scale = self.divisor.reciprocal().expand(len(x)).contiguous()
         return gemm(
-            codes, scales, token_scale, self.codes, self.scales, self.row_scale,
-            branch, self.bias, self.row, x.dtype,
-        )  # fmt: skip
+            codes,
+            scales,
+            token_scale,
+            self.codes,
+            self.scales,
+            self.row_scale,
+            branch,
+            self.bias,
+            self.row,
+            x.dtype,
+        )
+
+    def _branch(self, gathered: Tensor, weight: Tensor) -> Tensor:
+        """The branch's product [M, N] in float32."""
+        if self.branch == "fp8":
+            from quantkit.kernels.reference import branch_input
+            from quantkit.pack.scheme import SiteFormat
+
+            gathered = branch_input(gathered, SiteFormat("none", "none", "fp8"))
+        if gathered.dtype != weight.dtype:  # float16 cannot hold what bfloat16 does
+            return gathered.float() @ weight.float().T
+        return torch.mm(gathered, weight.T, out_dtype=torch.float32)
 
 
 def channel_mask(index: Tensor, width: int) -> Tensor:
@@ -166,16 +186,19 @@ def _bias(linears: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
     )
 
 
-def _divisor(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The NVFP4 divisor of the channels that stay, float32 [1], without a synchronisation."""
-    from quantkit.formats.nvfp4 import global_scale
+def _input_divisor(linears: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The site's NVFP4 input divisor, float32 [1]; QuantkitError when its linears disagree."""
+    first = linears[0]["input_global_scale"].float().reshape(1)
+    if any(not torch.equal(linear["input_global_scale"].float(), first) for linear in linears[1:]):
+        raise QuantkitError("linears that share an input have different input_global_scale")
+    return first
 
-    amax = x.abs().amax(0)
-    if mask is not None:
-        shifts = torch.arange(32, device=x.device)
-        bits = ((mask[:, None] >> shifts) & 1).flatten()[: len(amax)]
-        amax = amax.where(bits == 0, 0)
-    return global_scale(amax.amax())
+
+def _outlier_weight(linear: Mapping[str, Tensor]) -> Tensor:
+    """The branch's weight [out, k] in bfloat16; an FP8 one multiplied by its row scales."""
+    weight = linear["outlier_weight"].to(torch.bfloat16)
+    scale = linear.get("outlier_weight_scale")
+    return weight if scale is None else weight * scale.to(torch.bfloat16)
 
 
 @torch.library.custom_op("quantkit::sm1xx_quantize_act", mutates_args=())

@@ -109,11 +109,7 @@ __host__ __device__ void quantize_block(QuantizeArguments const& a, int token, i
 #pragma unroll
     for (int i = 0; i < Block; ++i) v[i] = (outliers >> i) & 1 ? 0.f : v[i];
   }
-  if constexpr (Hadamard) {
-    hadamard32(v);
-#pragma unroll
-    for (float& value : v) value = static_cast<float>(Input(value));
-  }
+  if constexpr (Hadamard) hadamard32(v);
 
   float amax = 0.f;
   bool finite = true;  // fmaxf drops a NaN

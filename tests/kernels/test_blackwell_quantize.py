@@ -110,11 +110,14 @@ def test_outliers_leave_for_the_branch(fmt: str) -> None:
 def test_rotation_in_blocks_of_32() -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(-64, 65, (4, 128), generator=generator).to(torch.bfloat16)
-    # Sums of such integers are exact in any order, so the rotation has one right answer.
     codes, scales, _ = run(x, "mxfp4", "even", True, None, None)
-    want_codes, want_scales = mxfp4.quantize(hadamard.rotate(x, 32), "even")
+    # Sums of integers are exact in any order: one rounding remains, of the factor 32^-1/2.
+    sums = x.double().unflatten(1, (-1, 32)) @ hadamard.matrix(32).T
+    rotated = sums.float().flatten(1) * torch.tensor(32**-0.5)
+    want_codes, want_scales = mxfp4.quantize(rotated, "even")
     assert_same_bytes(scales, want_scales, "scales")
     assert_same_bytes(codes, want_codes, "codes")
+    torch.testing.assert_close(rotated, hadamard.rotate(x.float(), 32), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

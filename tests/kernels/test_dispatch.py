@@ -60,7 +60,7 @@ def test_blackwell_runs_every_pair(
         (None, {}, "no CUDA device"),
         ((8, 9), {}, "no kernel for compute capability 8.9"),
         ((10, 0), {"weights": "nvfp4"}, "no nvfp4 x mxfp4 kernel"),
-        ((10, 0), {"branch": "fp8"}, "has no fp8 branch"),
+        ((10, 0), {"branch": "residual"}, "has no residual branch"),
         ((10, 0), {"width": 48}, "multiple of 32, not 48"),
         ((10, 0), {"activations": "mxfp8", "width": 64}, "multiple of 128, not 64"),
         ((10, 0), {"outputs": (5, 4)}, "multiple of 8 outputs, not 9"),
