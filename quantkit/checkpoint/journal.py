@@ -1,16 +1,18 @@
 """What an unfinished output already holds: an append-only file that survives any instant.
 
-One JSON object a line. The first line is the fingerprint of the run; each later line is a finished
-tensor with the place and the sha256 of its bytes, or a mark that everything before it was flushed
-to the disk. A torn last line is dropped. Tensors after the last mark are trusted only when their
-bytes still have their digest, because after a power cut the journal may be ahead of the data.
+One JSON object a line. The first line is the fingerprint of the run; each later line is a group of
+finished tensors with the places and the sha256 of their bytes, or a mark that everything before it
+was flushed to the disk. A torn last line is dropped. Tensors after the last mark are trusted only
+when their bytes still have their digest, because after a power cut the journal may be ahead of the
+data.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class Entry:
 
     def encode(self) -> dict[str, Any]:
         """The journal's line."""
-        return asdict(self) | {"dtype": DTYPE_NAMES[self.dtype], "shape": list(self.shape)}
+        return vars(self) | {"dtype": DTYPE_NAMES[self.dtype], "shape": list(self.shape)}
 
 
 @dataclass
@@ -42,17 +44,24 @@ class Journal:
 
     descriptor: int
     head: dict[str, Any]
-    flushed: list[Entry]
-    unflushed: list[Entry]
+    flushed: list[list[Entry]]
+    unflushed: list[list[Entry]]
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add one line. It is in the system's hands when this returns, not yet on the disk."""
-        write_all(self.descriptor, json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Record a group of finished tensors in one line.
+
+        It is in the system's hands when this returns, not yet on the disk.
+        """
+        self.write_line({"done": [entry.encode() for entry in entries]})
 
     def mark(self) -> None:
         """Say that the data of every line so far is on the disk, and put that on the disk."""
-        self.append({"flushed": True})
+        self.write_line({"flushed": True})
         os.fsync(self.descriptor)
+
+    def write_line(self, line: dict[str, Any]) -> None:
+        """Add one line."""
+        write_all(self.descriptor, json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -77,7 +86,7 @@ def create(path: Path, head: dict[str, Any]) -> Journal:
     temporary = path.with_suffix(".new")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     journal = Journal(descriptor, head, [], [])
-    journal.append(head)
+    journal.write_line(head)
     os.fsync(descriptor)
     temporary.replace(path)
     sync_folder(path.parent)
@@ -95,8 +104,8 @@ def resume(path: Path) -> Journal | None:
         if head is None:
             os.close(descriptor)
             return None
-        flushed: list[Entry] = []
-        unflushed: list[Entry] = []
+        flushed: list[list[Entry]] = []
+        unflushed: list[list[Entry]] = []
         end = file.tell()
         for raw in file:
             line = _line(raw)
@@ -105,7 +114,7 @@ def resume(path: Path) -> Journal | None:
             if line.get("flushed"):
                 flushed, unflushed = flushed + unflushed, []
             else:
-                unflushed.append(_entry(line))
+                unflushed.append([_entry(entry) for entry in line["done"]])
             end += len(raw)
     os.ftruncate(descriptor, end)
     os.lseek(descriptor, end, os.SEEK_SET)

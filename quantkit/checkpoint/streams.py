@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,18 @@ from quantkit.checkpoint.reader import CHUNK, read_into
 RAGGED = "ragged"
 FLUSH_BYTES = 256 * 1024 * 1024
 FLUSH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A tensor to be stored; `ragged` when it must not go between others."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: Iterable[memoryview]
+    ragged: bool
 
 
 class Streams:
@@ -41,10 +54,14 @@ class Streams:
         """Take over what an interrupted run finished; cut off what it did not."""
         journal = self._journal
         on_disk = len(journal.flushed)
-        for i, entry in enumerate([*journal.flushed, *journal.unflushed]):
-            if not self._present(entry) or (i >= on_disk and not self._intact(entry)):
+        for i, group in enumerate([*journal.flushed, *journal.unflushed]):
+            if not all(map(self._present, group)):
+                break
+            if i >= on_disk and not all(map(self._intact, group)):
                 break  # what follows in the same file cannot be trusted either
-            self._add(entry)
+            for entry in group:
+                self.entries[entry.name] = entry
+                self._add_place(entry)
         for path in self._folder.iterdir():
             if path.name not in self._ends:
                 path.unlink()
@@ -61,8 +78,7 @@ class Streams:
             digest.update(piece)
         return digest.hexdigest() == entry.digest
 
-    def _add(self, entry: Entry) -> None:
-        self.entries[entry.name] = entry
+    def _add_place(self, entry: Entry) -> None:
         self._ends[entry.file] = entry.end
         self._headers[entry.file] = self._headers.get(entry.file, 0) + _header_cost(
             entry.name, entry.dtype, entry.shape
@@ -77,33 +93,40 @@ class Streams:
         """Where a data file lies."""
         return self._folder / shard
 
-    def append(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        nbytes: int,
-        pieces: Iterable[memoryview],
-        ragged: bool = False,
-    ) -> None:
-        """Write a tensor's bytes to the open shard (`ragged`: to the side file) and record it."""
-        file = RAGGED if ragged else self._open_shard(name, dtype, shape, nbytes)
-        start = self._ends.get(file, 0 if ragged else self._header)
+    def append(self, tensors: Sequence[Incoming]) -> None:
+        """Write the bytes of some tensors and record them together: all are done, or none.
+
+        Each goes to the open shard, or to the side file when its size would misalign the next.
+        """
+        before = dict(self._ends), dict(self._headers)
+        try:
+            entries = [self._store(tensor) for tensor in tensors]
+            self._journal.append(entries)
+        except BaseException:
+            self._ends, self._headers = before
+            raise
+        for entry in entries:
+            self.entries[entry.name] = entry
+        self._pending += sum(entry.end - entry.start for entry in entries)
+        if self._pending > FLUSH_BYTES or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self.flush()
+
+    def _store(self, tensor: Incoming) -> Entry:
+        name, dtype, shape = tensor.name, tensor.dtype, tensor.shape
+        file = RAGGED if tensor.ragged else self._open_shard(name, dtype, shape, tensor.nbytes)
+        start = self._ends.get(file, 0 if tensor.ragged else self._header)
         descriptor = self._file(file)
         os.lseek(descriptor, start, os.SEEK_SET)
         digest, count = hashlib.sha256(), 0
-        for piece in pieces:
+        for piece in tensor.pieces:
             digest.update(piece)
             write_all(descriptor, piece)
             count += len(piece)
-        if count != nbytes:
-            raise ValueError(f"{name}: {count} bytes came instead of {nbytes}")
-        entry = Entry(name, dtype, shape, file, start, start + nbytes, digest.hexdigest())
-        self._journal.append(entry.encode())
-        self._add(entry)
-        self._pending += nbytes
-        if self._pending > FLUSH_BYTES or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
-            self.flush()
+        if count != tensor.nbytes:
+            raise ValueError(f"{name}: {count} bytes came instead of {tensor.nbytes}")
+        entry = Entry(name, dtype, shape, file, start, start + count, digest.hexdigest())
+        self._add_place(entry)
+        return entry
 
     def _open_shard(
         self, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int
@@ -121,9 +144,9 @@ class Streams:
         """Move the tensors of the side file to the end of the shards, widest dtype first."""
         waiting = [entry for entry in self.entries.values() if entry.file == RAGGED]
         for entry in sorted(waiting, key=lambda e: (-e.dtype.itemsize, e.name)):
-            self.append(
-                entry.name, entry.dtype, entry.shape, entry.end - entry.start, self.pieces(entry)
-            )
+            size = entry.end - entry.start
+            pieces = self.pieces(entry)
+            self.append([Incoming(entry.name, entry.dtype, entry.shape, size, pieces, False)])
 
     def write_headers(self) -> None:
         """Fill in the header of every shard and put everything on the disk."""

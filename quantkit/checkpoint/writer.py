@@ -19,7 +19,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,7 @@ from quantkit.checkpoint.assemble import carry_files, copy_tree, place
 from quantkit.checkpoint.journal import sync_folder
 from quantkit.checkpoint.manifest import Manifest, Step, combine_digests
 from quantkit.checkpoint.reader import INDEX, SINGLE, Checkpoint, tensor_bytes
-from quantkit.checkpoint.streams import Streams
+from quantkit.checkpoint.streams import Incoming, Streams
 from quantkit.errors import QuantkitError, UsageError
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -75,15 +75,21 @@ class CheckpointWriter:
         check_output(self.output, self.source.path, self._overwrite)
         self._lock = _locked_folder(self.partial)
         try:
-            replaced = self.partial / "replaced"
-            if replaced.exists() and not self.output.exists():
-                replaced.rename(self.output)  # killed between the two renames of an overwrite
-                check_output(self.output, self.source.path, self._overwrite)
+            self._settle_overwrite()
             self._streams = self._open_streams()
         except BaseException:
             os.close(self._lock)
             raise
         return self
+
+    def _settle_overwrite(self) -> None:
+        """Bring back, or let go, the old output of an overwrite that was killed at its end."""
+        replaced = self.partial / "replaced"
+        if replaced.exists() and self.output.exists():
+            _discard(replaced)  # the new output was already in its place
+        elif replaced.exists():
+            replaced.rename(self.output)
+            check_output(self.output, self.source.path, self._overwrite)
 
     def _open_streams(self) -> Streams:
         head = {
@@ -160,21 +166,17 @@ class CheckpointWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a new or changed tensor; one that is already done is left as it is."""
-        if self.done(name):
-            return
-        data = tensor.detach().to("cpu").contiguous()
-        view = tensor_bytes(data)
-        self._append(name, data.dtype, tuple(data.shape), len(view), [view])
+        self.write_group({name: tensor})
 
-    def _append(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        nbytes: int,
-        pieces: Iterable[memoryview],
-    ) -> None:
-        self._streams.append(name, dtype, shape, nbytes, pieces, ragged=nbytes % 8 != 0)
+    def write_group(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write tensors that belong together (a linear's codes and scales): all are done, or none.
+
+        After an interruption `done` of any one of them then answers for the group.
+        """
+        # Held until they are written: a view of their bytes does not keep them alive.
+        data = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if not self.done(n)}
+        if data:
+            self._streams.append([_incoming(name, tensor) for name, tensor in data.items()])
 
     def read(self, name: str) -> torch.Tensor:
         """Read back a tensor that is done."""
@@ -221,8 +223,10 @@ class CheckpointWriter:
         linked = self._unchanged_shards()
         for name, info in source.tensors.items():
             if name in self._kept and info.shard not in linked and not self.done(name):
-                pieces = source.chunks(name)
-                self._append(name, info.dtype, info.shape, info.nbytes, pieces)
+                ragged, pieces = info.nbytes % 8 != 0, source.chunks(name)
+                streams.append(
+                    [Incoming(name, info.dtype, info.shape, info.nbytes, pieces, ragged)]
+                )
         streams.gather_ragged()
         streams.write_headers()
 
@@ -301,7 +305,14 @@ class CheckpointWriter:
         finally:
             # First the journal: what a kill leaves of the rest must not look like finished work.
             (self.partial / "journal").unlink()
+            if (self.partial / "replaced").exists():
+                _discard(self.partial / "replaced")
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _incoming(name: str, data: torch.Tensor) -> Incoming:
+    view = tensor_bytes(data)
+    return Incoming(name, data.dtype, tuple(data.shape), len(view), [view], len(view) % 8 != 0)
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -341,6 +352,15 @@ def _locked_folder(partial: Path) -> int:
         except FileNotFoundError:
             pass
         os.close(lock)  # we locked a file that is no longer the lock
+
+
+def _discard(folder: Path) -> None:
+    """Delete a folder under another name, so that half of it is never taken for the whole."""
+    trash = folder.with_name("trash")
+    if trash.exists():
+        shutil.rmtree(trash)
+    folder.rename(trash)
+    shutil.rmtree(trash)
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
