@@ -19,6 +19,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("inspect", "inspect"),
     ("doctor", "doctor"),
     ("kernels", "kernels"),
+    ("bench", "bench"),
 )
 
 app = typer.Typer(

@@ -7,7 +7,8 @@ A kernel module (named by its row in `capability`) has two functions:
 
 `linears` are the packed linears that read one site (q, k, v; gate, up), as mappings of checkpoint
 tensor names (`weight_packed`, `weight_scale`, `outlier_weight`, `outlier_index`, `bias`, ...).
-They share one activation quantization, and N is the sum of their outputs, in order.
+They share one activation quantization, and N is the sum of their outputs, in order. A module may
+offer its two halves, `quantize(x) -> operands` and `multiply(*operands)`, to be timed apart.
 """
 
 from __future__ import annotations

@@ -121,15 +121,24 @@ class BlockScaledLinear(nn.Module):
         self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scales, gathered = quantize_activations(
+        return self.multiply(*self.quantize(x), x.dtype)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [M, K]: codes, scale tiles and gathered outlier channels."""
+        return quantize_activations(
             x, self.activations, self.rule, self.rotate, self.index, self.mask, self.divisor
         )
+
+    def multiply(
+        self, codes: Tensor, scales: Tensor, gathered: Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """What `quantize` gave times the weights, plus branch and bias: [M, N] in `dtype`."""
         branch = None
         if self.outlier_weight is not None:
             branch = self._branch(gathered, self.outlier_weight)
         token_scale = None
         if self.divisor is not None:
-            token_scale = self.divisor.reciprocal().expand(len(x)).contiguous()
+            token_scale = self.divisor.reciprocal().expand(len(codes)).contiguous()
         return gemm(
             codes,
             scales,
@@ -140,7 +149,7 @@ class BlockScaledLinear(nn.Module):
             branch,
             self.bias,
             self.row,
-            x.dtype,
+            dtype,
         )
 
     def _branch(self, gathered: Tensor, weight: Tensor) -> Tensor:
