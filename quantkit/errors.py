@@ -1,6 +1,13 @@
 """Errors a user can cause or meet: one line, one hint, one exit code each."""
 
 
+def one_line(text: str) -> str:
+    """`text` fit to be shown: control characters, which may come from a stranger's file, as `?`,
+    line breaks as spaces, and the middle cut out of what is very long."""
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    return shown if len(shown) <= 1000 else f"{shown[:600]} ... {shown[-300:]}"
+
+
 class QuantkitError(Exception):
     """A run that failed (exit code 1). `hint` says what to do about it."""
 
@@ -8,8 +15,8 @@ class QuantkitError(Exception):
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = one_line(message)
+        self.hint = None if hint is None else one_line(hint)
 
 
 class UsageError(QuantkitError):

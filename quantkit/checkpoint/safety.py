@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import stat
@@ -37,17 +38,36 @@ def strict_json(data: bytes, path: Path) -> Any:
         raise InputRejected(f"{path}: its JSON has too many values")
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
         )
         if _depth_exceeds(value, MAX_DEPTH):
             raise RecursionError
+        if b"\\ud" in data or b"\\uD" in data:  # half a surrogate pair could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
         return value
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise InputRejected(f"{path}: its JSON is not UTF-8") from None
     except RecursionError:
         raise InputRejected(f"{path}: its JSON is nested too deeply") from None
     except ValueError as error:
         raise InputRejected(f"{path}: bad JSON: {str(error)[:120]}") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 20:  # more than 64 bits: no count, size or seed
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:
