@@ -1,0 +1,263 @@
+"""Decode speed of a Qwen3-8B-shaped model with random weights: bfloat16, FP8 W8A8 and packed.
+
+    python benchmarks/decode.py --batch 1,8,32 --json decode.json
+
+Each model generates through transformers' own `generate` with a static cache and its compiled
+decoding step (CUDA graphs); FP8 is torch's per-token scaled_mm in place of every linear of a block.
+Tokens per second count the steps after the first few, from CUDA events at each step; memory is
+what the weights occupy on the GPU before generation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from quantkit.pack.layout import padded
+from quantkit.pack.scheme import Scheme, build
+from quantkit.runtime.convert import replace_linears
+from torch import Tensor, nn
+
+from quantkit import console
+from quantkit.kernels import dispatch
+
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+WARM_STEPS = 24  # the first steps compile, capture and fill caches
+KINDS = ("bf16", "fp8", "w4a4", "osc")
+
+
+class Fp8Linear(nn.Module):
+    """torch's W8A8: E4M3 weights with a scale a row, activations quantized per token."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        shape = (linear.out_features, linear.in_features)
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta"))
+        self.register_buffer("scale", torch.empty(1, shape[0], device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        scale = rows.abs().amax(-1, keepdim=True).float() / 448
+        codes = (rows / scale).to(torch.float8_e4m3fn)
+        y = torch._scaled_mm(
+            codes,
+            self.weight.T,
+            scale_a=scale,
+            scale_b=self.scale,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
+        return y.unflatten(0, x.shape[:-1])
+
+
+def scheme_of(kind: str, config: Any) -> Scheme:
+    """MXFP4 everywhere, or the dual-path scheme with one outlier channel in each 32."""
+    if kind == "w4a4":
+        return build("mxfp4")
+    widths = {
+        "attn_in": config.hidden_size,
+        "attn_out": config.num_attention_heads * config.head_dim,
+        "mlp_in": config.hidden_size,
+        "mlp_out": config.intermediate_size,
+    }
+    scheme = build("osc", group=32, mlp_out="mxfp4")
+    sites = {
+        name: replace(site, outliers=padded(widths[name] // 32)) if site.branch else site
+        for name, site in scheme.sites.items()
+    }
+    return replace(scheme, sites=sites)
+
+
+def random_model(kind: str, layers: int, device: torch.device) -> Any:
+    """A model on `device` whose weights are random in the format of `kind`."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**{**QWEN3_8B, "num_hidden_layers": layers})
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16).eval()
+    if kind == "fp8":
+        for name, module in list(model.model.layers.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.model.layers.get_submodule(parent), leaf, Fp8Linear(module))
+    elif kind != "bf16":
+        replace_linears(model, scheme_of(kind, config), torch.bfloat16)
+    model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "rotary_emb" not in name:
+            fill(name.rpartition(".")[2], tensor.data, generator)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1)
+    return model
+
+
+def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Random contents that keep activations of ordinary size."""
+    if name == "weight_packed":
+        tensor.random_(0, 256, generator=generator)
+    elif name == "weight_scale" and tensor.dtype == torch.uint8:
+        tensor.fill_(127 - 7)  # 2^-7: rows of standard deviation about 0.02
+    elif name == "outlier_index":
+        tensor.copy_(32 * torch.arange(len(tensor), device=tensor.device))
+    elif name == "scale":
+        tensor.fill_(0.02)
+    elif tensor.dtype == torch.float8_e4m3fn:
+        for row in tensor:  # a whole float32 copy would be four times the weight
+            row.copy_(torch.randn(row.shape, device=row.device, generator=generator))
+    else:
+        tensor.normal_(0, 0.02, generator=generator)
+
+
+class StepClock:
+    """A stopping criterion that never stops: it records a CUDA event after every step."""
+
+    def __init__(self) -> None:
+        self.events: list[torch.cuda.Event] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.events.append(event)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def step_ms(self) -> float:
+        """Mean milliseconds of a step, the warm ones."""
+        torch.cuda.synchronize()
+        steps = len(self.events) - 1 - WARM_STEPS
+        return self.events[WARM_STEPS].elapsed_time(self.events[-1]) / steps
+
+
+def decode(model: Any, batch: int, prompt: int, steps: int) -> float:
+    """Milliseconds of a decoding step of `generate` at `batch` sequences."""
+    from transformers import StoppingCriteriaList
+
+    tokens = torch.randint(0, 1000, (batch, prompt), device=model.device)
+    clock = StepClock()
+    with torch.no_grad():
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=steps + WARM_STEPS,
+            do_sample=False,
+            cache_implementation="static",
+            stopping_criteria=StoppingCriteriaList([clock]),
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return clock.step_ms()
+
+
+def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Build one model, run every batch size, free it."""
+    device = torch.device("cuda")
+    dispatch.forget()
+    before = torch.cuda.memory_allocated()
+    model = random_model(kind, options.layers, device)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))  # packed linears prepare
+    gc.collect()
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_allocated() - before
+    found: dict[str, Any] = {"weights_bytes": weights, "kernels": dispatch.summary(), "batch": {}}
+    for batch in options.batch:
+        torch._dynamo.reset()
+        step = decode(model, batch, options.prompt, options.steps)
+        found["batch"][batch] = {"step_ms": step, "tokens_per_s": batch / step * 1e3}
+        console.note(f"{kind} batch {batch}: {step:.3f} ms, {batch / step * 1e3:.0f} tokens/s")
+    if options.profile:
+        found["profile"] = profile(model, options)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def profile(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Where a step's GPU time goes at the first batch size: kernels by total time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as trace:
+        decode(model, options.batch[0], options.prompt, 8)
+    rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)[:15]
+    return [
+        {"kernel": row.key[:90], "calls": row.count, "us": row.self_device_time_total}
+        for row in rows
+    ]
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Tokens a second and their ratios to bfloat16 and FP8."""
+    models = found["models"]
+    rows = []
+    for kind, model in models.items():
+        for batch, cell in model["batch"].items():
+            ratios = [
+                f"{cell['tokens_per_s'] / models[base]['batch'][batch]['tokens_per_s']:.2f}"
+                if base in models
+                else "-"
+                for base in ("bf16", "fp8")
+            ]
+            size = model["weights_bytes"]
+            share = f"{size / models['bf16']['weights_bytes']:.2f}" if "bf16" in models else "-"
+            rows.append(
+                [
+                    kind,
+                    batch,
+                    f"{cell['step_ms']:.3f}",
+                    f"{cell['tokens_per_s']:.0f}",
+                    *ratios,
+                    f"{size / 1e9:.2f}",
+                    share,
+                ]
+            )
+    headers = ["model", "batch", "ms a step", "tokens/s", "x bf16", "x fp8", "GB", "of bf16"]
+    return f"{found['device']}\n\n{console.table(headers, rows)}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(KINDS))
+    parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
+    parser.add_argument("--layers", type=int, default=QWEN3_8B["num_hidden_layers"])
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "layers": options.layers,
+        "models": {kind: measure(kind, options) for kind in options.models},
+    }
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    print(as_text(found))
+
+
+if __name__ == "__main__":
+    main()
