@@ -144,3 +144,28 @@ def test_rows_may_be_strided() -> None:
 def test_channel_mask_sets_one_bit_a_channel() -> None:
     index = torch.tensor([0, 31, 32, 95, -1])
     assert blackwell.channel_mask(index, 96).tolist() == [1 - (1 << 31), 1, -(1 << 31)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("fmt", ["mxfp4", "mxfp8", "nvfp4"])
+def test_on_a_gpu_it_gives_the_bytes_of_the_host(fmt: str, tokens: int) -> None:
+    x = activations(tokens, 4096 + 96, torch.bfloat16).clamp(-400, 400)
+    index = torch.cat([torch.arange(5, 4096, 32), torch.full((16,), -1)]).to(torch.int32)
+    divisor = nvfp4.global_scale(x.abs().amax()) if fmt == "nvfp4" else None
+    want = run(x, fmt, "even", False, index, divisor)
+    mask = blackwell.channel_mask(index, x.shape[1])
+    codes, scales, gathered = blackwell.quantize_activations(
+        x.cuda(),
+        fmt,
+        "even",
+        False,
+        index.cuda(),
+        mask.cuda(),
+        None if divisor is None else divisor.cuda(),
+    )
+    blocks = x.shape[1] // blackwell.BLOCK[fmt]
+    tiles = scales.cpu().view(-1, -(-blocks // 4), 512)
+    assert_same_bytes(codes.cpu(), want[0], "codes")
+    assert_same_bytes(from_tiles(tiles, tokens, blocks), want[1], "scales")
+    assert torch.equal(gathered.cpu(), want[2])
