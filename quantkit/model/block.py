@@ -118,8 +118,8 @@ class BlockRunner:
 
     def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Run a loaded block on hidden states [batch, sequence, hidden]; same shape out."""
-        index = int(block.self_attn.layer_idx)
-        arguments = self._call_arguments(hidden.shape[0], hidden.shape[1])[index]
+        attention: Any = block.self_attn
+        arguments = self._call_arguments(*hidden.shape[:2])[attention.layer_idx]
         output = block(hidden, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
@@ -148,7 +148,8 @@ class BlockRunner:
                     stack.callback(hook.remove)
             down = {s.expert: s for s in sites if s.expert is not None}
             if down:
-                stack.enter_context(_watched_experts(block.mlp.experts, down, watch, every_expert))
+                experts = block.get_submodule("mlp.experts")
+                stack.enter_context(_watched_experts(experts, down, watch, every_expert))
             return self.forward(block, hidden)
 
     @torch.no_grad()
