@@ -15,6 +15,7 @@ from quantkit.errors import QuantkitError
 
 # Verb, file in quantkit/commands/ (function `run`, or an `app` of its own), as data flows.
 COMMANDS: tuple[tuple[str, str], ...] = (
+    ("calibrate", "calibrate"),
     ("convert", "convert"),
     ("inspect", "inspect"),
     ("doctor", "doctor"),

@@ -191,15 +191,20 @@ class CheckpointWriter:
 
     # -- files --------------------------------------------------------------------------------
 
-    def write_file(self, name: str, data: bytes) -> None:
+    def side_file(self, name: str) -> Path:
+        """Where a side file of the output lies until the output is whole."""
+        return self.partial / "files" / name
+
+    def write_file(self, name: str, data: bytes | Iterable[bytes | memoryview]) -> None:
         """Write a side file (`config.json`, `statistics.safetensors`, ...) of the output."""
         if not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{name!r} lies outside the output")
-        target = self.partial / "files" / name
+        target = self.side_file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(target.name + ".new")
         with open(temporary, "wb") as file:
-            file.write(data)
+            for piece in [data] if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

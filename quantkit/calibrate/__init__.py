@@ -1,0 +1,1 @@
+"""Checkpoint and tokens to statistics."""
