@@ -13,6 +13,10 @@ import typer
 from quantkit import __version__, console
 from quantkit.errors import QuantkitError
 
+# Idle OpenMP threads sleep: on a machine that does anything else, spinning ones cost several times
+# the work. Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Verb, file in quantkit/commands/ (function `run`, or an `app` of its own), as data flows.
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("calibrate", "calibrate"),

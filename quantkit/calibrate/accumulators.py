@@ -239,17 +239,17 @@ class Hits:
         width = maxima.channels
         hits = {g: torch.zeros(width, dtype=torch.int64) for g in GROUPS}
         qualify = {g: torch.zeros(-(-width // g), dtype=torch.int64) for g in GROUPS}
-        limit = _pattern_below(threshold, maxima.dtype)
         mask = (1 << _KEY_BITS) - 1
-        for keys in maxima.keys:
+        lowest = (_pattern_below(threshold, maxima.dtype) + 1) << _KEY_BITS
+        for some in range(0, len(maxima.keys), 64):
+            keys = torch.cat(maxima.keys[some : some + 64], dim=1)
             for g in GROUPS:
                 if g > 32:
                     keys = _grouped_max(keys, 2)
-                above = (keys >> _KEY_BITS) > limit
+                above = keys >= lowest
                 qualify[g] += above.sum(1)
-                group = torch.arange(len(keys))[:, None].expand_as(keys)[above]
-                block = (group * g) >> _KEY_BITS << _KEY_BITS
-                channel = block + (mask - (keys[above] & mask))
+                block = torch.arange(len(keys)) * g // (mask + 1) * (mask + 1) + mask
+                channel = (block.to(keys.dtype)[:, None] - (keys & mask))[above]
                 hits[g] += torch.bincount(channel, minlength=width)
         return cls(hits, qualify)
 
@@ -340,6 +340,8 @@ class SiteAccumulator:
 
     def update(self, x: torch.Tensor, scratch: Scratch | None = None) -> None:
         """Take in inputs [tokens, channels], a tile that stays in the cache at a time."""
+        if not len(x):
+            return
         scratch = scratch or Scratch()
         tile = max(TILE[x.device.type] // self.channels, 32)
         for part in x.to(self.dtype).split(tile):
