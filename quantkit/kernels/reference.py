@@ -1,0 +1,133 @@
+"""The packed arithmetic in plain torch: what every kernel is checked against, on any device.
+
+    Y = Q(H x_rest) Q(H W_rest)^T + x_out W_out^T
+
+The dequantized operands of the MX formats are exact in bfloat16 (and so are those of NVFP4 under
+a power-of-two divisor), so one GEMM in bfloat16 with float32 accumulation is the exact product of
+the packed numbers, rounded once. The branch runs in the same GEMM: without an online Hadamard its
+columns take their own, emptied places in both operands; with one they are appended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quantkit.formats import mxfp4, mxfp8, nvfp4
+from quantkit.formats.e8m0 import power_of_two, scale_exponent
+from quantkit.formats.element import E4M3, round_to_element
+from quantkit.pack.layout import channels_of
+from quantkit.pack.scheme import SiteFormat
+
+
+def packed_linear(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    fmt: SiteFormat,
+    rule: str,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A packed linear on x [.., in]: [.., out] in the dtype of x. `tensors` as in pack/layout.py."""
+    weight = weight_operand(tensors, fmt, compute_dtype(x.dtype))
+    operand = input_operand(x, fmt, rule, channels_of(tensors), tensors.get("input_global_scale"))
+    return linear(operand, weight, bias, x.dtype)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype operands are held in: that of the input, float32 when it is float16.
+
+    float16 cannot hold the range of the block scales.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def linear(operand: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The GEMM of the operands below; `bias` is cast to theirs, the result to `dtype`."""
+    bias = None if bias is None else bias.to(operand.dtype)
+    return functional.linear(operand, weight, bias).to(dtype)
+
+
+def dequantized_weight(
+    tensors: Mapping[str, Tensor], fmt: SiteFormat, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The main path's weight [out, in] as its bytes say: no branch, Hadamard not undone."""
+    if fmt.weights == "none":
+        return tensors["weight"].to(dtype)
+    if fmt.weights == "mxfp8":
+        return mxfp8.dequantize(tensors["weight"], tensors["weight_scale"], dtype)
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+    if fmt.weights == "mxfp4":
+        return mxfp4.dequantize(packed, scale, dtype)
+    return nvfp4.dequantize(packed, scale, tensors["weight_global_scale"], dtype)
+
+
+def weight_operand(tensors: Mapping[str, Tensor], fmt: SiteFormat, dtype: torch.dtype) -> Tensor:
+    """Weights for one GEMM: [out, in] with the branch's columns in place, or [out, in + k]."""
+    weight = dequantized_weight(tensors, fmt, dtype)
+    channels = channels_of(tensors)
+    if fmt.branch is None or channels is None:
+        return weight
+    branch = tensors["outlier_weight"][:, : len(channels)].to(dtype)
+    if fmt.branch == "fp8":
+        branch = branch * tensors["outlier_weight_scale"].to(dtype)
+    if fmt.hadamard_size:
+        return torch.cat([weight, branch], dim=1)
+    return weight.index_copy(1, channels, branch)
+
+
+def input_operand(
+    x: Tensor,
+    fmt: SiteFormat,
+    rule: str,
+    channels: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> Tensor:
+    """Inputs for one GEMM with `weight_operand`: x [.., in] with its rest quantized.
+
+    `channels` are the separated ones (int64), `divisor` the input's global scale (NVFP4).
+    """
+    dtype = compute_dtype(x.dtype)
+    if fmt.branch is None or channels is None:
+        return _quantized_rest(x, fmt, rule, divisor, dtype)
+    branch = branch_input(x.index_select(-1, channels), fmt).to(dtype)
+    rest = x.index_fill(-1, channels, 0)  # zeroed before any block scale is taken
+    rest = _quantized_rest(rest, fmt, rule, divisor, dtype)
+    if fmt.hadamard_size:
+        return torch.cat([rest, branch], dim=-1)
+    return rest.index_copy_(-1, channels, branch)
+
+
+def _quantized_rest(
+    x: Tensor, fmt: SiteFormat, rule: str, divisor: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if fmt.hadamard_size:
+        from quantkit.transforms.hadamard import rotate
+
+        x = rotate(x.to(torch.promote_types(x.dtype, torch.float32)), fmt.hadamard_size)
+    return quantize_activations(x, fmt.activations, rule, divisor).to(dtype)
+
+
+def quantize_activations(x: Tensor, name: str, rule: str, divisor: Tensor | None) -> Tensor:
+    """Round x [.., in] to format `name` and back, in the dtype of x; `none` leaves it."""
+    if name == "mxfp4":
+        return mxfp4.fake_quantize(x, rule)
+    if name == "mxfp8":
+        return mxfp8.fake_quantize(x, rule)
+    if name == "nvfp4":
+        return nvfp4.fake_quantize(x, divisor)
+    return x
+
+
+def branch_input(x: Tensor, fmt: SiteFormat) -> Tensor:
+    """The separated channels [.., k] as the branch multiplies them.
+
+    bf16: as they are. fp8: E4M3 under one power-of-two scale per token (even rule).
+    """
+    if fmt.branch != "fp8" or x.shape[-1] == 0:
+        return x
+    exponent = scale_exponent(x.abs().amax(-1, keepdim=True), E4M3, "even").clamp(-126, 126)
+    scale = power_of_two(exponent)
+    return (round_to_element(x.float() / scale, E4M3) * scale).to(x.dtype)

@@ -1,0 +1,1 @@
+"""A checkpoint and a plan become a packed checkpoint, tensor by tensor."""

@@ -1,0 +1,200 @@
+"""Schemes: which format each site gets, as data, and as it stands in `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from quantkit.errors import InputRejected, UsageError
+from quantkit.model.sites import KINDS
+
+METHOD = "quantkit"
+FORMAT_VERSION = 1
+WEIGHTS = ("mxfp4", "nvfp4", "mxfp8", "none")  # none: numbers stored as they are
+ACTIVATIONS = ("mxfp4", "nvfp4", "mxfp8", "none")
+BRANCHES = ("bf16", "fp8")
+RULES = ("floor", "even", "ceil", "rceil", "mse")
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class SiteFormat:
+    """What the linears of a site hold and what happens to their input.
+
+    At run time: gather the outlier channels for the branch and zero them, apply the online
+    Hadamard to the rest, quantize it, multiply, add the branch.
+    """
+
+    weights: str
+    activations: str
+    branch: str | None = None  # precision of the separated channels
+    group: int = 32  # the plan took at most one channel of each such group (0: it took any)
+    outliers: int = 0  # columns of the branch, padding included
+    hadamard: Mapping[str, int] | None = None  # {"block": n} or {"size": n}: online, on the rest
+
+    def to_json(self) -> dict[str, Any]:
+        """The SITE object of `quantization_config`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def hadamard_size(self) -> int:
+        """Channels that the online Hadamard mixes at a time; 0 without one."""
+        return next(iter(self.hadamard.values())) if self.hadamard else 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing happens at run time besides quantizing the input."""
+        return self.branch is None and self.hadamard is None
+
+
+UNQUANTIZED = SiteFormat("none", "none")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Formats by site kind, exceptions by site key, and the rule of the block scales."""
+
+    name: str
+    sites: Mapping[str, SiteFormat]
+    scale_rule: str = "even"
+    overrides: Mapping[str, SiteFormat] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()  # kinds that stay ordinary linears
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    def site(self, key: str, kind: str) -> SiteFormat | None:
+        """The format of one site; None when it stays as it is."""
+        if key in self.overrides:
+            return self.overrides[key]
+        return None if kind in self.left_out else self.sites[kind]
+
+    def to_json(self) -> dict[str, Any]:
+        """The `quantization_config` object."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "scheme": self.name,
+            "scale_rule": self.scale_rule,
+            "sites": {kind: site.to_json() for kind, site in self.sites.items()},
+            "overrides": {key: site.to_json() for key, site in self.overrides.items()},
+            "left_out": list(self.left_out),
+            "ignore": list(self.ignore),
+        }
+
+
+def build(
+    name: str,
+    *,
+    group: int = 32,
+    scale_rule: str = "even",
+    branch: str = "bf16",
+    mlp_out: str | None = None,
+    sites: Mapping[str, str] | None = None,
+) -> Scheme:
+    """The scheme `name` with its options.
+
+    `osc` separates outliers at attn_in, attn_out and mlp_in and gives mlp_out MXFP8 (the paper's
+    recipe); `mlp_out="mxfp4"` keeps mlp_out at 4 bits with a branch of its own. `sites` maps kinds
+    to FORMAT or FORMAT+BRANCH, `bf16` leaving a kind out. Raises UsageError.
+    """
+    if group not in GROUPS:
+        raise UsageError(f"group {group}: one of {', '.join(map(str, GROUPS))}")
+    if scale_rule not in RULES:
+        raise UsageError(f"scale rule {scale_rule!r}: one of {', '.join(RULES)}")
+    if name in ("mxfp4", "nvfp4", "mxfp8"):
+        formats = {kind: SiteFormat(name, name) for kind in KINDS}
+    elif name == "osc":
+        separated = SiteFormat("mxfp4", "mxfp4", branch, group)
+        formats = {kind: separated for kind in KINDS}
+        formats["mlp_out"] = SiteFormat("mxfp8", "mxfp8")
+    else:
+        raise UsageError(f"unknown scheme {name!r}", f"schemes: {', '.join(SCHEMES)}")
+    if mlp_out is not None:
+        keeps_branch = name == "osc" and mlp_out in ("mxfp4", "nvfp4")
+        sites = {"mlp_out": f"{mlp_out}+{branch}" if keeps_branch else mlp_out, **(sites or {})}
+    left_out = []
+    for kind, text in (sites or {}).items():
+        if kind not in KINDS:
+            raise UsageError(f"unknown site kind {kind!r}", f"kinds: {', '.join(KINDS)}")
+        if text == "bf16":
+            left_out.append(kind)
+        else:
+            formats[kind] = _site_format(text, group)
+    return Scheme(name, formats, scale_rule, left_out=tuple(left_out))
+
+
+SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "osc")
+
+
+def _site_format(text: str, group: int) -> SiteFormat:
+    name, _, branch = text.partition("+")
+    if name not in WEIGHTS or name == "none" or (branch and branch not in BRANCHES):
+        raise UsageError(
+            f"unknown format {text!r}",
+            f"formats: bf16, {', '.join(WEIGHTS[:-1])}, each with +{' or +'.join(BRANCHES)}",
+        )
+    return SiteFormat(name, name, branch or None, group)
+
+
+def pass_through(scheme: Scheme) -> Scheme:
+    """The same separation and online transforms with no rounding: what a transform is tested by."""
+    return replace(
+        scheme,
+        sites={k: replace(s, weights="none", activations="none") for k, s in scheme.sites.items()},
+    )
+
+
+def from_json(data: Mapping[str, Any]) -> Scheme:
+    """Read a `quantization_config` object; InputRejected when it is not one of this version."""
+    if data.get("quant_method") != METHOD:
+        raise InputRejected(f"quant_method {data.get('quant_method')!r} is not {METHOD!r}")
+    if data.get("format_version") != FORMAT_VERSION:
+        raise InputRejected(
+            f"packed format version {data.get('format_version')!r} is not {FORMAT_VERSION}",
+            "it was packed by another version of quantkit",
+        )
+    sites, overrides = data.get("sites"), data.get("overrides", {})
+    left_out, ignore = data.get("left_out", []), data.get("ignore", [])
+    rule = data.get("scale_rule")
+    if (
+        not isinstance(sites, dict)
+        or set(sites) != set(KINDS)
+        or not isinstance(overrides, dict)
+        or not isinstance(left_out, list)
+        or not isinstance(ignore, list)
+        or rule not in RULES
+    ):
+        raise InputRejected("quantization_config: not understood")
+    return Scheme(
+        str(data.get("scheme")),
+        {kind: _read_site(sites[kind], kind) for kind in KINDS},
+        rule,
+        {key: _read_site(site, key) for key, site in overrides.items()},
+        tuple(map(str, left_out)),
+        tuple(map(str, ignore)),
+    )
+
+
+def _read_site(data: object, where: str) -> SiteFormat:
+    if not isinstance(data, dict) or not set(data) <= {f.name for f in fields(SiteFormat)}:
+        raise InputRejected(f"quantization_config: site {where} is not understood")
+    site = SiteFormat(**{"weights": "", "activations": "", **data})
+    hadamard = site.hadamard
+    if (
+        site.weights not in WEIGHTS
+        or site.activations not in ACTIVATIONS
+        or site.branch not in (None, *BRANCHES)
+        or not isinstance(site.group, int)
+        or not isinstance(site.outliers, int)
+        or site.outliers < 0
+        or not (
+            hadamard is None
+            or (
+                isinstance(hadamard, dict)
+                and set(hadamard) in ({"block"}, {"size"})
+                and all(isinstance(n, int) and n > 0 for n in hadamard.values())
+            )
+        )
+    ):
+        raise InputRejected(f"quantization_config: site {where} is not understood")
+    return site

@@ -1,0 +1,1 @@
+"""A packed checkpoint becomes modules."""

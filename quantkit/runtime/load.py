@@ -1,0 +1,53 @@
+"""`quantkit.load`: a packed checkpoint (or an ordinary one) as a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.checkpoint.source import resolve
+from quantkit.pack.scheme import METHOD, Scheme, from_json
+
+
+def load(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+) -> Any:
+    """Load a checkpoint folder or Hub id as a transformers causal language model, ready to run.
+
+    Packed linears run the exact arithmetic of their files; `dtype` is that of everything else
+    (default: as stored). The folder is checked first: InputRejected when it is corrupt, unsafe
+    or of an unknown family.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import quantkit.runtime.huggingface  # noqa: F401 - registers the method
+
+    path = resolve(source)
+    scheme = scheme_of(open_checkpoint(path).config)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if scheme is not None:
+        config.quantization_config = scheme.to_json()
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype or "auto",
+        device_map={"": torch.device(device)},
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return model.eval()
+
+
+def scheme_of(config: dict[str, Any]) -> Scheme | None:
+    """The scheme a checkpoint's `config.json` records: ours or compressed-tensors'; None: none."""
+    from quantkit.export.compressed_tensors import read_config
+
+    data = config.get("quantization_config")
+    if not isinstance(data, dict):
+        return None
+    return from_json(data) if data.get("quant_method") == METHOD else read_config(data)
