@@ -30,7 +30,10 @@ def packed_linear(
     rule: str,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """A packed linear on x [.., in]: [.., out] in the dtype of x. `tensors` as in pack/layout.py."""
+    """A packed linear on x [.., in]: [.., out] in the dtype of x.
+
+    `tensors`: the names of pack/layout.py.
+    """
     weight = weight_operand(tensors, fmt, compute_dtype(x.dtype))
     operand = input_operand(x, fmt, rule, channels_of(tensors), tensors.get("input_global_scale"))
     return linear(operand, weight, bias, x.dtype)

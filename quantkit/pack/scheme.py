@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from quantkit.errors import InputRejected, UsageError
-from quantkit.model.sites import KINDS
+from quantkit.model.sites import KINDS, ModelLayout
 
 METHOD = "quantkit"
 FORMAT_VERSION = 1
@@ -48,25 +49,19 @@ class SiteFormat:
         return self.branch is None and self.hadamard is None
 
 
-UNQUANTIZED = SiteFormat("none", "none")
-
-
 @dataclass(frozen=True)
 class Scheme:
     """Formats by site kind, exceptions by site key, and the rule of the block scales."""
 
     name: str
-    sites: Mapping[str, SiteFormat]
+    sites: Mapping[str, SiteFormat | None]  # None: ordinary linears
     scale_rule: str = "even"
-    overrides: Mapping[str, SiteFormat] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()  # kinds that stay ordinary linears
+    overrides: Mapping[str, SiteFormat | None] = field(default_factory=dict)
     ignore: tuple[str, ...] = ("lm_head",)
 
     def site(self, key: str, kind: str) -> SiteFormat | None:
         """The format of one site; None when it stays as it is."""
-        if key in self.overrides:
-            return self.overrides[key]
-        return None if kind in self.left_out else self.sites[kind]
+        return self.overrides[key] if key in self.overrides else self.sites[kind]
 
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` object."""
@@ -75,9 +70,8 @@ class Scheme:
             "format_version": FORMAT_VERSION,
             "scheme": self.name,
             "scale_rule": self.scale_rule,
-            "sites": {kind: site.to_json() for kind, site in self.sites.items()},
-            "overrides": {key: site.to_json() for key, site in self.overrides.items()},
-            "left_out": list(self.left_out),
+            "sites": {kind: site and site.to_json() for kind, site in self.sites.items()},
+            "overrides": {key: site and site.to_json() for key, site in self.overrides.items()},
             "ignore": list(self.ignore),
         }
 
@@ -102,25 +96,39 @@ def build(
     if scale_rule not in RULES:
         raise UsageError(f"scale rule {scale_rule!r}: one of {', '.join(RULES)}")
     if name in ("mxfp4", "nvfp4", "mxfp8"):
-        formats = {kind: SiteFormat(name, name) for kind in KINDS}
+        formats: dict[str, SiteFormat | None] = {k: SiteFormat(name, name) for k in KINDS}
     elif name == "osc":
         separated = SiteFormat("mxfp4", "mxfp4", branch, group)
-        formats = {kind: separated for kind in KINDS}
+        formats = dict.fromkeys(KINDS, separated)
         formats["mlp_out"] = SiteFormat("mxfp8", "mxfp8")
     else:
         raise UsageError(f"unknown scheme {name!r}", f"schemes: {', '.join(SCHEMES)}")
     if mlp_out is not None:
         keeps_branch = name == "osc" and mlp_out in ("mxfp4", "nvfp4")
         sites = {"mlp_out": f"{mlp_out}+{branch}" if keeps_branch else mlp_out, **(sites or {})}
-    left_out = []
     for kind, text in (sites or {}).items():
         if kind not in KINDS:
             raise UsageError(f"unknown site kind {kind!r}", f"kinds: {', '.join(KINDS)}")
-        if text == "bf16":
-            left_out.append(kind)
-        else:
-            formats[kind] = _site_format(text, group)
-    return Scheme(name, formats, scale_rule, left_out=tuple(left_out))
+        formats[kind] = None if text == "bf16" else _site_format(text, group)
+    return Scheme(name, formats, scale_rule)
+
+
+def from_sites(
+    name: str, layout: ModelLayout, formats: Mapping[str, SiteFormat | None], rule: str
+) -> Scheme:
+    """State each kind's commonest format once and the sites that differ as overrides."""
+    sites: dict[str, SiteFormat | None] = {}
+    overrides: dict[str, SiteFormat | None] = {}
+    for kind in KINDS:
+        mine = [site for site in layout.sites if site.kind == kind]
+        sites[kind] = _commonest([formats[site.key] for site in mine])
+        overrides |= {s.key: formats[s.key] for s in mine if formats[s.key] != sites[kind]}
+    return Scheme(name, sites, rule, overrides)
+
+
+def _commonest(formats: list[SiteFormat | None]) -> SiteFormat | None:
+    text = Counter(map(str, formats)).most_common(1)
+    return next((fmt for fmt in formats if text and str(fmt) == text[0][0]), None)
 
 
 SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "osc")
@@ -138,10 +146,11 @@ def _site_format(text: str, group: int) -> SiteFormat:
 
 def pass_through(scheme: Scheme) -> Scheme:
     """The same separation and online transforms with no rounding: what a transform is tested by."""
-    return replace(
-        scheme,
-        sites={k: replace(s, weights="none", activations="none") for k, s in scheme.sites.items()},
-    )
+    sites = {
+        kind: fmt and replace(fmt, weights="none", activations="none")
+        for kind, fmt in scheme.sites.items()
+    }
+    return replace(scheme, sites=sites)
 
 
 def from_json(data: Mapping[str, Any]) -> Scheme:
@@ -154,23 +163,20 @@ def from_json(data: Mapping[str, Any]) -> Scheme:
             "it was packed by another version of quantkit",
         )
     sites, overrides = data.get("sites"), data.get("overrides", {})
-    left_out, ignore = data.get("left_out", []), data.get("ignore", [])
-    rule = data.get("scale_rule")
+    ignore, rule = data.get("ignore", []), data.get("scale_rule")
     if (
         not isinstance(sites, dict)
         or set(sites) != set(KINDS)
         or not isinstance(overrides, dict)
-        or not isinstance(left_out, list)
         or not isinstance(ignore, list)
         or rule not in RULES
     ):
         raise InputRejected("quantization_config: not understood")
     return Scheme(
         str(data.get("scheme")),
-        {kind: _read_site(sites[kind], kind) for kind in KINDS},
+        {kind: sites[kind] and _read_site(sites[kind], kind) for kind in KINDS},
         rule,
-        {key: _read_site(site, key) for key, site in overrides.items()},
-        tuple(map(str, left_out)),
+        {key: site and _read_site(site, key) for key, site in overrides.items()},
         tuple(map(str, ignore)),
     )
 

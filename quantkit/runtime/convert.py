@@ -10,9 +10,10 @@ from torch import nn
 from quantkit.errors import InputRejected
 from quantkit.model.families import FAMILIES, describe
 from quantkit.model.sites import Linear, Site
-from quantkit.pack.scheme import Scheme, SiteFormat
+from quantkit.pack.scheme import Scheme
 from quantkit.runtime.experts import QuantExperts
-from quantkit.runtime.linear import QuantLinear, SharedInput
+from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.site import PackedSite
 
 EXPERTS = "mlp.experts"  # where transformers keeps a block's fused experts
 
@@ -22,22 +23,19 @@ def replace_linears(model: Any, scheme: Scheme, dtype: torch.dtype) -> int:
 
     `dtype` is that of biases and of weights that stay unrounded. Returns how many were replaced.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items()}
-    layout = describe(model.config.to_dict(), state)
+    layout = describe(model.config.to_dict(), model.state_dict())
     replaced = 0
     for layer in range(layout.n_layers):
         sites = layout.layer_sites(layer)
         if any(site.expert is not None for site in sites):
             replaced += _replace_experts(model, layer, sites, scheme, dtype)
         for site in sites:
-            fmt = scheme.site(site.key, site.kind)
-            linears = [linear for linear in site.linears if linear.expert is None]
-            if fmt is None or not linears:
+            shared = _packed_site(scheme, site, site.key)
+            if shared is None:
                 continue
-            shared = SharedInput(len(linears))
-            for linear in linears:
+            for linear in (x for x in site.linears if x.expert is None):
                 parent, _, name = linear.module.rpartition(".")
-                module = _quant_linear(linear, fmt, scheme, dtype, shared)
+                module = _quant_linear(linear, dtype, shared)
                 setattr(model.get_submodule(parent), name, module)
                 replaced += 1
     if not replaced:
@@ -45,20 +43,10 @@ def replace_linears(model: Any, scheme: Scheme, dtype: torch.dtype) -> int:
     return replaced
 
 
-def _quant_linear(
-    linear: Linear, fmt: SiteFormat, scheme: Scheme, dtype: torch.dtype, shared: SharedInput
-) -> QuantLinear:
+def _quant_linear(linear: Linear, dtype: torch.dtype, site: PackedSite) -> QuantLinear:
     out, width = linear.shape
-    return QuantLinear(
-        width,
-        out,
-        fmt,
-        scheme.scale_rule,
-        bias=linear.bias is not None,
-        dtype=dtype,
-        site=shared,
-        device="meta",
-    )
+    bias = linear.bias is not None
+    return QuantLinear(width, out, site.format, bias=bias, dtype=dtype, site=site, device="meta")
 
 
 def _replace_experts(
@@ -67,8 +55,7 @@ def _replace_experts(
     """One module per expert and linear; kinds left out stay ordinary linears beside the others."""
     mlp_in = next(site for site in sites if site.kind == "mlp_in")
     downs = {site.expert: site for site in sites if site.expert is not None}
-    formats = [scheme.site(s.key, s.kind) for s in (mlp_in, *downs.values())]
-    if not any(formats):
+    if not any(scheme.site(s.key, s.kind) for s in (mlp_in, *downs.values())):
         return 0
     block = model.get_submodule(f"model.layers.{layer}")
     names = FAMILIES[model.config.model_type].experts
@@ -76,23 +63,24 @@ def _replace_experts(
     experts = QuantExperts((names.gate, names.up, names.down), block.get_submodule(EXPERTS).act_fn)
     replaced = 0
 
-    def build(linear: Linear, fmt: SiteFormat | None, shared: SharedInput) -> nn.Module:
+    def build(linear: Linear, site: PackedSite | None) -> nn.Module:
         nonlocal replaced
-        if fmt is None:
+        if site is None:
             out, width = linear.shape
             return nn.Linear(width, out, bias=False, device="meta", dtype=dtype)
         replaced += 1
-        return _quant_linear(linear, fmt, scheme, dtype, shared)
+        return _quant_linear(linear, dtype, site)
 
     for expert, down in downs.items():
         assert expert is not None
-        shared = SharedInput(2)
-        gate, up = (
-            build(linear, scheme.site(mlp_in.key, "mlp_in"), shared)
-            for linear in mlp_in.linears[2 * expert : 2 * expert + 2]
-        )
-        fmt = scheme.site(down.key, "mlp_out")
-        experts.add(expert, gate, up, build(down.linears[0], fmt, SharedInput(1)))
+        shared = _packed_site(scheme, mlp_in, f"layers.{layer}.experts.{expert}.mlp_in")
+        gate, up = (build(x, shared) for x in mlp_in.linears[2 * expert : 2 * expert + 2])
+        experts.add(expert, gate, up, build(down.linears[0], _packed_site(scheme, down, down.key)))
     parent, _, name = EXPERTS.rpartition(".")
     setattr(block.get_submodule(parent), name, experts)
     return replaced
+
+
+def _packed_site(scheme: Scheme, site: Site, key: str) -> PackedSite | None:
+    fmt = scheme.site(site.key, site.kind)
+    return None if fmt is None else PackedSite(key, fmt, scheme.scale_rule)

@@ -21,9 +21,7 @@ class QuantExperts(nn.Module):
         parts = dict(zip(self.names, (gate, up, down), strict=True))
         self.add_module(str(expert), nn.ModuleDict(parts))
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum each token's chosen experts: hidden [tokens, hidden], choices [tokens, top_k]."""
         gate, up, down = self.names
         final = torch.zeros_like(hidden_states)

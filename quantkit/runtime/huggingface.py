@@ -30,7 +30,7 @@ class QuantkitConfig(QuantizationConfigMixin):
 
     def __init__(self, **data: Any) -> None:
         self.scheme = schemes.from_json({"quant_method": schemes.METHOD, **data})
-        self.quant_method = schemes.METHOD
+        self.quant_method = schemes.METHOD  # type: ignore[assignment]  # theirs is an enum
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, as `pack` wrote it."""

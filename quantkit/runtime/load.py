@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.source import resolve
 from quantkit.pack.scheme import METHOD, Scheme, from_json
 
@@ -28,7 +28,7 @@ def load(
     import quantkit.runtime.huggingface  # noqa: F401 - registers the method
 
     path = resolve(source)
-    scheme = scheme_of(open_checkpoint(path).config)
+    scheme = scheme_of(open_checkpoint(path))
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if scheme is not None:
         config.quantization_config = scheme.to_json()
@@ -43,11 +43,17 @@ def load(
     return model.eval()
 
 
-def scheme_of(config: dict[str, Any]) -> Scheme | None:
-    """The scheme a checkpoint's `config.json` records: ours or compressed-tensors'; None: none."""
-    from quantkit.export.compressed_tensors import read_config
+def scheme_of(checkpoint: Checkpoint) -> Scheme | None:
+    """The scheme a checkpoint is packed with, by quantkit or compressed-tensors; None: not packed.
 
-    data = config.get("quantization_config")
+    InputRejected for other quantization methods.
+    """
+    from quantkit.export.compressed_tensors import read_config
+    from quantkit.model.families import describe
+
+    data = checkpoint.config.get("quantization_config")
     if not isinstance(data, dict):
         return None
-    return from_json(data) if data.get("quant_method") == METHOD else read_config(data)
+    if data.get("quant_method") == METHOD:
+        return from_json(data)
+    return read_config(data, describe(checkpoint.config, checkpoint.tensors))

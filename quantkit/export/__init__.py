@@ -1,0 +1,1 @@
+"""The packed checkpoint as others read it: names and configurations, no foreign library."""

@@ -1,0 +1,205 @@
+"""compressed-tensors' description of a packed checkpoint: what vLLM and transformers read.
+
+It can say formats per linear; it has no word for a 16-bit branch or an online transform.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.errors import InputRejected
+from quantkit.model.sites import ModelLayout
+from quantkit.pack.scheme import RULES, Scheme, SiteFormat, from_sites
+
+METHOD = "compressed-tensors"
+FORMATS = {
+    "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+}
+_ARGUMENTS = {
+    "mxfp4": {"num_bits": 4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    "mxfp8": {"num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    "nvfp4": {
+        "num_bits": 4,
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "scale_dtype": "torch.float8_e4m3fn",
+    },
+}
+_RULE = "scale_rule"  # among observer_kwargs, which readers of the files do not use
+
+
+def can_describe(scheme: Scheme) -> bool:
+    """Whether every packed site is one that compressed-tensors has a format for."""
+    used = [fmt for fmt in (*scheme.sites.values(), *scheme.overrides.values()) if fmt]
+    return bool(used) and all(
+        fmt.plain and fmt.weights in FORMATS and fmt.activations in (*FORMATS, "none")
+        for fmt in used
+    )
+
+
+def write_config(scheme: Scheme, layout: ModelLayout) -> dict[str, Any]:
+    """The `quantization_config` object of a packed checkpoint.
+
+    One group per pair of formats. A group that covers whole kinds of sites names the leaves of
+    their modules; otherwise it names modules one by one.
+    """
+    modules: dict[tuple[str, str], list[str]] = {}
+    ignored = list(scheme.ignore)
+    for site in layout.sites:
+        fmt = scheme.site(site.key, site.kind)
+        names = [linear.module for linear in site.linears]
+        ignored += [linear.module for linear in site.unquantized]
+        if fmt is None:
+            ignored += names
+        else:
+            modules.setdefault((fmt.weights, fmt.activations), []).extend(names)
+    groups = {}
+    for number, ((weights, activations), names) in enumerate(modules.items()):
+        others = [
+            name for key, rest in modules.items() if key != (weights, activations) for name in rest
+        ]
+        targets = ["Linear"] if len(modules) == 1 else _patterns(names, others)
+        groups[f"group_{number}"] = {
+            "format": FORMATS[weights],
+            "targets": targets,
+            "weights": _weights(weights, scheme.scale_rule),
+            "input_activations": _activations(activations),
+            "output_activations": None,
+        }
+    formats = {group["format"] for group in groups.values()}
+    every = [name for names in modules.values() for name in names]
+    return {
+        "quant_method": METHOD,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*scheme.ignore, *_patterns(ignored[len(scheme.ignore) :], every)],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "transform_config": {},
+    }
+
+
+def _patterns(names: list[str], others: list[str]) -> list[str]:
+    """Targets that match `names` and none of `others`: by leaf where leaves tell them apart."""
+    taken = {name.rpartition(".")[2] for name in others}
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    exact = [name for name in names if name.rpartition(".")[2] in taken]
+    free = [leaf for leaf in leaves if leaf not in taken]
+    return [*(rf"re:.*\.{re.escape(leaf)}$" for leaf in free), *exact]
+
+
+def _weights(name: str, rule: str) -> dict[str, Any]:
+    return _arguments(name) | {
+        "dynamic": False,
+        "observer": "memoryless_minmax",
+        "observer_kwargs": {} if name == "nvfp4" else {_RULE: rule},
+    }
+
+
+def _activations(name: str) -> dict[str, Any] | None:
+    if name == "none":
+        return None
+    dynamic = "local" if name == "nvfp4" else True  # local: the global scale is a stored number
+    return _arguments(name) | {
+        "dynamic": dynamic,
+        "observer": "static_minmax" if name == "nvfp4" else None,
+        "observer_kwargs": {},
+    }
+
+
+def _arguments(name: str) -> dict[str, Any]:
+    return {
+        "type": "float",
+        "symmetric": True,
+        "zp_dtype": None,
+        "actorder": None,
+        "block_structure": None,
+        **_ARGUMENTS[name],
+    }
+
+
+def read_config(data: Mapping[str, Any], layout: ModelLayout) -> Scheme:
+    """The scheme a compressed-tensors configuration describes, for the formats quantkit has.
+
+    InputRejected for anything else.
+    """
+    if data.get("quant_method") != METHOD:
+        raise InputRejected(
+            f"quant_method {str(data.get('quant_method'))[:40]!r} is not one quantkit runs",
+            f"it runs quantkit and {METHOD}; `quantkit inspect` shows what the checkpoint is",
+        )
+    groups, ignore = data.get("config_groups"), data.get("ignore") or []
+    if not isinstance(groups, dict) or not isinstance(ignore, list) or not groups:
+        raise InputRejected("quantization_config: config_groups are not understood")
+    formats = [(_targets(group), *_read_group(group)) for group in groups.values()]
+    found: dict[str, SiteFormat | None] = {}
+    rules = set()
+    for site in layout.sites:
+        matches = {_match(linear.module, formats, ignore) for linear in site.linears}
+        if len(matches) != 1:
+            raise InputRejected(f"quantization_config: {site.key} mixes formats")
+        number = matches.pop()
+        found[site.key] = None if number is None else formats[number][1]
+        if number is not None:
+            rules.add(formats[number][2])
+    return from_sites(METHOD, layout, found, rules.pop() if len(rules) == 1 else "even")
+
+
+def _targets(group: Any) -> list[str]:
+    targets = group.get("targets") if isinstance(group, dict) else None
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        raise InputRejected("quantization_config: targets of a group are not understood")
+    return targets
+
+
+def _read_group(group: Mapping[str, Any]) -> tuple[SiteFormat, str]:
+    weights = _read_arguments(group.get("weights"))
+    activations = _read_arguments(group.get("input_activations"))
+    if weights is None or group.get("output_activations") is not None:
+        raise InputRejected("quantization_config: a group's formats are not ones quantkit has")
+    kwargs = group["weights"].get("observer_kwargs")
+    rule = kwargs.get(_RULE, "even") if isinstance(kwargs, dict) else "even"
+    if rule not in RULES:
+        raise InputRejected("quantization_config: unknown scale rule")
+    return SiteFormat(weights, activations or "none"), rule
+
+
+def _read_arguments(arguments: Any) -> str | None:
+    if arguments is None:
+        return None
+    for name, expected in _ARGUMENTS.items():
+        if (
+            isinstance(arguments, dict)
+            and arguments.get("type") == "float"
+            and all(arguments.get(key) in (value, None) for key, value in expected.items())
+            and arguments.get("num_bits") == expected["num_bits"]
+            and arguments.get("group_size") == expected["group_size"]
+        ):
+            return name
+    raise InputRejected("quantization_config: a group's formats are not ones quantkit has")
+
+
+def _match(
+    module: str, formats: list[tuple[list[str], SiteFormat, str]], ignore: list[Any]
+) -> int | None:
+    if any(_is_target(module, str(target)) for target in ignore):
+        return None
+    exact = (n for n, (targets, *_) in enumerate(formats) if module in targets)
+    loose = (
+        n for n, (targets, *_) in enumerate(formats) if any(_is_target(module, t) for t in targets)
+    )
+    return next(exact, next(loose, None))
+
+
+def _is_target(module: str, target: str) -> bool:
+    if target.startswith("re:"):
+        try:
+            return re.match(target[3:], module) is not None
+        except re.error:
+            raise InputRejected(f"quantization_config: {target[:60]!r} is no pattern") from None
+    return target in ("Linear", module)

@@ -1,0 +1,192 @@
+"""What a pack run will do, before anything is written: every site's format and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit import console
+from quantkit.checkpoint.manifest import Manifest
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.errors import InputRejected, UsageError
+from quantkit.formats import nvfp4
+from quantkit.model.families import describe
+from quantkit.model.sites import ModelLayout, Site
+from quantkit.outliers.choose import choose
+from quantkit.outliers.plan import FILE as PLAN_FILE
+from quantkit.outliers.plan import Plan, load_plan
+from quantkit.pack import scheme as schemes
+from quantkit.pack.layout import check_width, padded
+from quantkit.pack.rtn import power_of_two_below
+from quantkit.pack.scheme import Scheme, SiteFormat, from_sites
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What the user chose."""
+
+    scheme: str = "osc"
+    group: int | None = None  # of the outlier groups; default: the plan's, or 32
+    scale_rule: str = "even"
+    branch: str = "bf16"
+    mlp_out: str | None = None
+    sites: Mapping[str, str] = field(default_factory=dict)
+    dtype: str | None = None  # "float32": pass through with no rounding
+    rounding: str = "rtn"
+
+    def record(self) -> dict[str, Any]:
+        """The options that are set, for the manifest."""
+        return {name: value for name, value in self.__dict__.items() if value not in (None, {})}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint, what its sites become, and where that was decided."""
+
+    source: Checkpoint
+    layout: ModelLayout
+    scheme: Scheme
+    channels: Mapping[str, Tensor]  # separated channels by site key, int64
+    divisors: Mapping[str, Tensor]  # NVFP4 input global scales by site key, float32 [1]
+    plan_digest: str | None
+    statistics_digest: str | None
+
+
+def prepare(source: Checkpoint, options: PackOptions) -> Job:
+    """Decide the format of every site. Raises InputRejected and UsageError as `pack` does."""
+    if "quantization_config" in source.config:
+        raise InputRejected(
+            f"{source.path}: is packed already", "pack the checkpoint it was made from"
+        )
+    if options.dtype not in (None, "float32"):
+        raise UsageError(f"--dtype {options.dtype}: only float32, which packs with no rounding")
+    layout = describe(source.config, source.tensors)
+    scheme = schemes.build(
+        options.scheme,
+        group=options.group or 32,
+        scale_rule=options.scale_rule,
+        branch=options.branch,
+        mlp_out=options.mlp_out,
+        sites=options.sites,
+    )
+    if options.dtype is not None:
+        scheme = schemes.pass_through(scheme)
+    formats = {site.key: scheme.site(site.key, site.kind) for site in layout.sites}
+    separated = [s for s in layout.sites if (f := formats[s.key]) is not None and f.branch]
+    plan = _plan(source, separated, options.group) if separated else None
+    channels = {}
+    if plan is not None:
+        channels = {s.key: torch.tensor(plan.sites[s.key], dtype=torch.long) for s in separated}
+    online = online_hadamards(source.manifest)
+    for site in layout.sites:
+        found = formats[site.key]
+        if found is not None:
+            formats[site.key] = _site_format(site, found, channels.get(site.key), plan, online)
+    divisors, statistics = _input_divisors(source, layout, formats, channels)
+    if plan is not None:
+        statistics = plan.statistics_digest
+    return Job(
+        source,
+        layout,
+        from_sites(scheme.name, layout, formats, scheme.scale_rule),
+        channels,
+        divisors,
+        None if plan is None else sha256(plan.encode()).hexdigest(),
+        statistics,
+    )
+
+
+def _plan(source: Checkpoint, separated: list[Site], group: int | None) -> Plan:
+    """The checkpoint's plan, completed from its statistics, or one made from them."""
+    plan = load_plan(source)
+    if plan is not None and group is not None and plan.group != group:
+        raise UsageError(
+            f"{source.path / PLAN_FILE} was made with groups of {plan.group}, not {group}",
+            f"leave --group out, or: quantkit separate-outliers {source.path} --group {group}",
+        )
+    missing = [s for s in separated if plan is None or s.key not in plan.sites]
+    if plan is not None and not missing:
+        _check_channels(plan, separated, source)
+        return plan
+    size = plan.group if plan is not None else group or 32
+    made = choose(source, missing, group=size, criterion="mode")
+    what = "no plan" if plan is None else f"the plan lacks {len(missing)} sites"
+    console.note(f"{what}: separating by mode in groups of {size}, from the statistics")
+    if plan is None:
+        return made
+    _check_channels(plan, separated, source)
+    return replace(plan, sites={**plan.sites, **made.sites})
+
+
+def _check_channels(plan: Plan, separated: list[Site], source: Checkpoint) -> None:
+    for site in separated:
+        channels = plan.sites.get(site.key, ())
+        if channels and channels[-1] >= site.width:
+            raise InputRejected(
+                f"{source.path / PLAN_FILE}: {site.key} has no channel {channels[-1]}",
+                f"make it again: quantkit separate-outliers {source.path}",
+            )
+
+
+def online_hadamards(manifest: Manifest | None) -> dict[str, Mapping[str, int] | None]:
+    """The online Hadamards that earlier steps recorded and packing materialises.
+
+    A step's `notes["online"]` maps site kinds or site keys to {"block": n} or {"size": n}; a key
+    beats its kind, a later step an earlier one, null takes a record back.
+    """
+    found: dict[str, Mapping[str, int] | None] = {}
+    for step in manifest.steps if manifest else []:
+        online = step.notes.get("online")
+        if isinstance(online, dict):
+            found.update(online)
+    return found
+
+
+def _site_format(
+    site: Site,
+    fmt: SiteFormat,
+    channels: Tensor | None,
+    plan: Plan | None,
+    online: Mapping[str, Mapping[str, int] | None],
+) -> SiteFormat:
+    hadamard = online.get(site.key, online.get(site.kind))
+    fmt = replace(fmt, hadamard=dict(hadamard) if hadamard else None)
+    if fmt.branch is not None:
+        assert channels is not None
+        assert plan is not None
+        if len(channels):
+            fmt = replace(fmt, outliers=padded(len(channels)), group=plan.group)
+        else:
+            fmt = replace(fmt, branch=None)  # nothing to separate here
+    check_width(fmt, site.width, site.key)
+    return fmt
+
+
+def _input_divisors(
+    source: Checkpoint,
+    layout: ModelLayout,
+    formats: Mapping[str, SiteFormat | None],
+    channels: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], str | None]:
+    """NVFP4's static input scales, from the calibrated absmax of what stays on the 4-bit path."""
+    sites = [s for s in layout.sites if (f := formats[s.key]) and f.activations == "nvfp4"]
+    if not sites:
+        return {}, None
+    from quantkit.calibrate.store import load_statistics
+
+    statistics = load_statistics(source)
+    divisors = {}
+    for site in sites:
+        if not statistics.has(site.key):  # an expert that no token was routed to
+            divisors[site.key] = torch.ones(1)
+            continue
+        absmax = statistics.get(site.key, "absmax").float().clone()
+        if site.key in channels:
+            absmax[channels[site.key]] = 0
+        divisors[site.key] = power_of_two_below(nvfp4.global_scale(absmax.amax()))
+    return divisors, statistics.digest
