@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("calibrate", "calibrate"),
     ("convert", "convert"),
+    ("separate-outliers", "separate_outliers"),
+    ("pack", "pack"),
     ("inspect", "inspect"),
     ("doctor", "doctor"),
     ("kernels", "kernels"),

@@ -39,7 +39,7 @@ def mode_of_argmax(hits: Tensor, group: int) -> Tensor:
     return best_of_groups(hits, group)
 
 
-def error_reduction(x: Tensor, group: int, rule: str = "even") -> Tensor:
+def error_reduction(x: Tensor, rule: str = "even") -> Tensor:
     """By how much the squared MXFP4 error of a site's inputs falls when a channel is taken out.
 
     x [tokens, channels]. Float64 [channels]: the error of the channel's block as it is, less the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
@@ -42,6 +42,17 @@ class PackOptions:
     def record(self) -> dict[str, Any]:
         """The options that are set, for the manifest."""
         return {name: value for name, value in self.__dict__.items() if value not in (None, {})}
+
+
+def parse_sites(choices: Iterable[str]) -> dict[str, str]:
+    """`["mlp_out=bf16"]` -> `{"mlp_out": "bf16"}`; UsageError for anything else."""
+    found = {}
+    for choice in choices:
+        kind, equals, text = choice.partition("=")
+        if not equals or not kind or not text:
+            raise UsageError(f"--site {choice!r} is not KIND=FORMAT", "like --site mlp_out=bf16")
+        found[kind] = text
+    return found
 
 
 @dataclass(frozen=True)

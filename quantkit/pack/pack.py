@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from quantkit import console
+from quantkit.checkpoint.measure import sizes
+from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.checkpoint.step import OpenStep, Target, begin_step, open_source, output_of
 from quantkit.errors import InputRejected
 from quantkit.export import compressed_tensors
@@ -20,7 +22,7 @@ from quantkit.pack.job import Job, PackOptions, prepare
 from quantkit.pack.layout import tensors_of
 from quantkit.pack.rounding import PackedLinear, round_weight
 from quantkit.pack.rtn import global_divisor, row_pieces
-from quantkit.pack.scheme import METHOD, Scheme, SiteFormat
+from quantkit.pack.scheme import Scheme, SiteFormat
 from quantkit.pack.separate import rotated, separate
 
 
@@ -32,6 +34,35 @@ class PackResult:
     scheme: Scheme
     linears: int
     quant_method: str
+    bits: dict[str, float]  # per weight by site kind, counted from the files
+
+    def as_json(self) -> dict[str, Any]:
+        """One object for --json."""
+        return {
+            "output": str(self.output),
+            "scheme": self.scheme.name,
+            "scale_rule": self.scheme.scale_rule,
+            "quant_method": self.quant_method,
+            "linears": self.linears,
+            "bits_per_weight": self.bits,
+        }
+
+    def as_text(self) -> str:
+        """Format and bits by kind of site, and where the checkpoint is."""
+        rows = []
+        for kind, bits in self.bits.items():
+            fmt = self.scheme.sites.get(kind)
+            words = "" if kind == "all" else fmt.words() if fmt is not None else "as it is"
+            others = sum(key.endswith(f".{kind}") for key in self.scheme.overrides)
+            rows.append((kind, words + (f" ({others} differ)" if others else ""), f"{bits:.3f}"))
+        return "\n".join(
+            [
+                console.table(("site", "format", "bits/weight"), rows),
+                f"{self.linears} linears packed, scale rule {self.scheme.scale_rule}, "
+                f"read as {self.quant_method}",
+                f"wrote {self.output}",
+            ]
+        )
 
 
 def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) -> PackResult:
@@ -62,7 +93,10 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
             "quant_method": method,
         }
         output = step.finish(statistics_digest=job.statistics_digest, plan_digest=job.plan_digest)
-    return PackResult(output, job.scheme, linears, method)
+    written = sizes(open_checkpoint(output))
+    bits = {part.kind: part.bits for part in written.linears}
+    bits["all"] = written.linear_bits
+    return PackResult(output, job.scheme, linears, method, bits)
 
 
 def suffix(options: PackOptions) -> str:
@@ -160,6 +194,3 @@ def finite(weight: Tensor, linear: Linear) -> Tensor:
         if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
             raise InputRejected(f"{linear.module}.weight holds NaN or infinity")
     return weight
-
-
-__all__ = ["METHOD", "PackOptions", "PackResult", "pack"]

@@ -43,6 +43,17 @@ class SiteFormat:
         """Channels that the online Hadamard mixes at a time; 0 without one."""
         return next(iter(self.hadamard.values())) if self.hadamard else 0
 
+    def words(self) -> str:
+        """The format as a table shows it."""
+        text = (
+            self.weights
+            if self.weights == self.activations
+            else (f"{self.weights} x {self.activations}")
+        )
+        if self.branch is not None:
+            text += f" + {self.branch} branch"
+        return text + (f", Hadamard {self.hadamard_size}" if self.hadamard else "")
+
     @property
     def plain(self) -> bool:
         """Whether nothing happens at run time besides quantizing the input."""
