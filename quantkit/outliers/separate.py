@@ -39,11 +39,12 @@ class Separated:
             sites = [site for site in self.layout.sites if site.kind == kind]
             densities = [self.plan.density[s.key] for s in sites if s.key in self.plan.density]
             density = sum(densities) / len(densities) if densities else None
+            tier = "none" if density is None else next(t for d, t in TIERS if density >= d)
             channels = sum(len(self.plan.sites[site.key]) for site in sites)
             width = sum(site.width for site in sites)
             found[kind] = {
                 "density": density,
-                "tier": next(t for least, t in TIERS if density >= least) if densities else "none",
+                "tier": tier,
                 "channels": channels,
                 "groups_bypassed": sum(-(-s.width // self.plan.group) for s in sites) - channels,
                 "share": channels / width,

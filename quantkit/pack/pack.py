@@ -153,9 +153,8 @@ def _pack_group(
     writer = step.writer
     for linear in group:
         writer.drop(linear.tensor)
-    names = tensors_of(fmt, *group[0].shape)
-    if all(writer.done(f"{linear.module}.{name}") for linear in group for name in names):
-        return
+    if writer.done(f"{group[0].module}.{next(iter(tensors_of(fmt, *group[0].shape)))}"):
+        return  # the whole group is: it was written at once
     weights, branches = [], []
     for linear in group:
         weight = finite(read_weight(job.source, linear), linear)
@@ -166,6 +165,7 @@ def _pack_group(
         weights.append(rotated(weight, fmt))
         branches.append(branch)
     divisor = global_divisor(weights) if fmt.weights == "nvfp4" else None
+    written: dict[str, Tensor] = {}
     for linear, branch in zip(group, branches, strict=True):
         main = round_weight(
             weights.pop(0), fmt, method=method, rule=job.scheme.scale_rule, divisor=divisor
@@ -173,8 +173,8 @@ def _pack_group(
         packed: PackedLinear = main | branch
         if fmt.activations == "nvfp4":
             packed["input_global_scale"] = job.divisors[site.key]
-        for name, tensor in packed.items():
-            writer.write(f"{linear.module}.{name}", tensor)
+        written |= {f"{linear.module}.{name}": tensor for name, tensor in packed.items()}
+    writer.write_group(written)
 
 
 def _unfuse(step: OpenStep, site: Site) -> None:
