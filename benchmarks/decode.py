@@ -21,13 +21,13 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from quantkit.pack.layout import padded
-from quantkit.pack.scheme import Scheme, build
-from quantkit.runtime.convert import replace_linears
 from torch import Tensor, nn
 
 from quantkit import console
 from quantkit.kernels import dispatch
+from quantkit.pack.layout import padded
+from quantkit.pack.scheme import Scheme, build
+from quantkit.runtime.convert import replace_linears
 
 QWEN3_8B = {
     "hidden_size": 4096,

@@ -29,7 +29,7 @@ class PackedSite:
         self._chosen_for: tuple[torch.device, torch.dtype] | None = None
         self._kernel: nn.Module | None = None
         self._input: weakref.ref[Tensor] | None = None
-        self._version, self._left = 0, 0
+        self._version, self._taken = 0, set[int]()
         self._result: Tensor | None = None
 
     def compute(self, member: QuantLinear, x: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ class PackedSite:
         kernel = self._kernel
         if kernel is None:
             weight, channels = member.operands(reference.compute_dtype(x.dtype))
-            operand = self._shared(x, lambda x: self._operand(member, x, channels))
+            operand = self._shared(member, x, lambda x: self._operand(member, x, channels))
             return reference.linear(operand, weight, member.bias, x.dtype)
-        output = self._shared(x, lambda x: kernel(x.reshape(-1, x.shape[-1])))
+        output = self._shared(member, x, lambda x: kernel(x.reshape(-1, x.shape[-1])))
         first = sum(m.out_features for m in self.members[: self.members.index(member)])
         part = output[:, first : first + member.out_features]
         return part.reshape(*x.shape[:-1], member.out_features)
@@ -73,18 +73,20 @@ class PackedSite:
         divisor = member.packed().get("input_global_scale")
         return reference.input_operand(x, self.format, self.rule, channels, divisor)
 
-    def _shared(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        # Inference tensors have no version: a change in place could not be seen.
-        if len(self.members) < 2 or torch.compiler.is_compiling() or x.is_inference():
+    def _shared(self, member: QuantLinear, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """`make(x)`, or what it gave another member for this very tensor."""
+        if len(self.members) < 2 or torch.compiler.is_compiling():
             return make(x)
-        if self._input is not None and self._input() is x and self._version == x._version:
-            result = self._result
-            assert result is not None
-            self._left -= 1
-        else:
-            result = make(x)
-            self._input, self._version = weakref.ref(x), x._version
-            self._result, self._left = result, len(self.members) - 1
-        if self._left == 0:
+        # Inference tensors count no changes in place; that no member takes a result twice keeps
+        # a buffer that is filled anew for each step from being mistaken for the last one.
+        version = 0 if x.is_inference() else x._version
+        known = self._input is not None and self._input() is x and self._version == version
+        if not known or id(member) in self._taken:
+            self._result = make(x)
+            self._input, self._version, self._taken = weakref.ref(x), version, set()
+        result = self._result
+        assert result is not None
+        self._taken.add(id(member))
+        if len(self._taken) == len(self.members):
             self._input = self._result = None
         return result
