@@ -19,9 +19,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Verb, file in quantkit/commands/ (function `run`, or an `app` of its own), as data flows.
 COMMANDS: tuple[tuple[str, str], ...] = (
-    ("calibrate", "calibrate"),
     ("convert", "convert"),
+    ("calibrate", "calibrate"),
+    ("smooth", "smooth"),
     ("separate-outliers", "separate_outliers"),
+    ("rotate", "rotate"),
     ("pack", "pack"),
     ("inspect", "inspect"),
     ("doctor", "doctor"),

@@ -185,6 +185,10 @@ class CheckpointWriter:
         self._streams.read(name, tensor_bytes(out))
         return out.view(entry.dtype).view(entry.shape)
 
+    def weights_digest(self) -> str:
+        """The digest the output's weights will have, once every tensor is kept or written."""
+        return combine_digests(self._weights({*self._kept, *self._streams.entries}))
+
     def flush(self) -> None:
         """Make everything written so far durable (done by itself every few seconds)."""
         self._streams.flush()

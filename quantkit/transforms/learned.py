@@ -70,14 +70,16 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
     best_theta, best_error, best_step = theta.detach().clone(), math.inf, 0
     for step in range(training.steps + 1):
         if step % training.check_every == 0 or step == training.steps:
-            error = problem.error(_unfold(theta.detach(), tie).exp(), tokens=4 * training.batch)
+            scale = _unfold(theta.detach(), tie).exp()
+            error = problem.error(scale, tokens=4 * training.batch)
+            kept = problem.kept(scale)
             if error < best_error:
                 best_theta, best_error, best_step = theta.detach().clone(), error, step
             if step - best_step >= training.patience or step == training.steps:
                 break
         rows = torch.randint(len(x), (min(training.batch, len(x)),), generator=generator)
         part = x[rows.to(x.device)].float()
-        loss = _loss(part, w, part.bfloat16() @ half.T, _unfold(theta, tie), problem)
+        loss = _loss(part, w, part.bfloat16() @ half.T, _unfold(theta, tie), problem, kept)
         optimizer.param_groups[0]["lr"] = training.learning_rate * _schedule(step, training)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -87,14 +89,20 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
     return _unfold(best_theta, tie).exp(), step
 
 
-def _loss(x: Tensor, w: Tensor, y: Tensor, log_s: Tensor, problem: Problem) -> Tensor:
+def _loss(
+    x: Tensor, w: Tensor, y: Tensor, log_s: Tensor, problem: Problem, kept: Tensor | None
+) -> Tensor:
     # NOTE: the products run in bfloat16, whose rounding (2^-9) is small next to that of four bits
     # and only perturbs the gradient; the errors that choose a scale are computed in float32.
     sim = problem.simulation
+    size = y.float().norm().clamp_min(1e-30)
+    if kept is not None:  # what the branch computes exactly is no part of the error
+        x, w = x * kept, w * kept
+        y = x.bfloat16() @ w.bfloat16().T
     x_hat = straight_through(sim.transform(x * (-log_s).exp()), sim.activations, sim.rule)
     w_hat = straight_through(sim.transform(w * log_s.exp()), sim.weights, sim.rule)
     rounded = x_hat.bfloat16() @ w_hat.bfloat16().T
-    return (rounded.float() - y.float()).norm() / y.float().norm().clamp_min(1e-30)
+    return (rounded.float() - y.float()).norm() / size
 
 
 def _schedule(step: int, training: Training) -> float:

@@ -18,6 +18,7 @@ LIMIT = 6.0  # |log s|, after centring
 ALPHAS = tuple(0.25 + 0.025 * i for i in range(21))
 # 15 quantiles whose distance from 1 is log-spaced, and 1 itself.
 QUANTILES = (*(1 - 0.05 * (0.002 ** (i / 14)) for i in range(15)), 1.0)
+SEPARATING = 2048  # tokens that decide which channels a plan would take
 BEST = 5  # alphas and quantiles that meet in the joint search
 
 
@@ -80,8 +81,9 @@ def quantiles_of(x: Tensor, quantiles: tuple[float, ...]) -> Tensor:
 class Problem:
     """One linear input: tokens to fit on and to judge on, the weights it meets, their rounding.
 
-    x [tokens, width], held [tokens, width], w [out, width] (all consumers stacked); `tie` [width]
-    int64 numbers the channels that must share one scale (heads that read one KV head).
+    x [tokens, width], held [tokens, width], w [out, width] (consumers stacked); `tie` [width] int64
+    numbers the channels that must share one scale (heads that read one KV head); `weight_max`
+    [width] is the largest |w| over all consumers, where w does not hold them all.
     """
 
     x: Tensor
@@ -89,14 +91,24 @@ class Problem:
     w: Tensor
     simulation: Simulation
     tie: Tensor | None = None
+    weight_max: Tensor | None = None
 
     def error(self, scale: Tensor | None, tokens: int | None = None) -> float:
         """Relative output error with `scale` on the held tokens, or on the first `tokens`."""
-        return output_error(self.held[:tokens], self.w, self.simulation, scale)[1]
+        held, kept = self.held[:tokens], self.kept(scale)
+        return output_error(held, self.w, self.simulation, scale, kept)[1]
+
+    def kept(self, scale: Tensor | None) -> Tensor | None:
+        """The channels a plan made on the smoothed tokens leaves in the rounding; None: all."""
+        if self.simulation.group is None:
+            return None
+        fitted = self.x[:SEPARATING].float()
+        return self.simulation.kept(fitted if scale is None else fitted / scale)
 
     def rule(self, magnitude: Tensor, alpha: float) -> Tensor:
         """`smoothing_scale` of this site; tied channels use their largest magnitudes."""
-        return rule_scale(magnitude, self.w.abs().amax(0).float(), alpha, self.tie)
+        largest = self.w.abs().amax(0) if self.weight_max is None else self.weight_max
+        return rule_scale(magnitude, largest.float(), alpha, self.tie)
 
 
 def rule_scale(magnitude: Tensor, weight_max: Tensor, alpha: float, tie: Tensor | None) -> Tensor:

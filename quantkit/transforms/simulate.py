@@ -21,14 +21,34 @@ class Simulation:
     """What a packed linear does to its operands.
 
     `int4` is symmetric with one scale per row: per token for activations and per output channel
-    for weights, as in the SmoothRot papers. `hadamard` is the size of the online transform applied
-    to both operands before rounding (None: no transform).
+    for weights, as in the SmoothRot papers. `group`: of each such many channels the one that is
+    oftenest the outlier leaves the rounding (None: no separation). `hadamard` is the size of the
+    online transform applied to the rest of both operands (None: no transform).
     """
 
     weights: str = "mxfp4"
     activations: str = "mxfp4"
     rule: str = "even"
     hadamard: int | None = None
+    group: int | None = None
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """Which channels of x [tokens, width] stay in the rounding: 1 or 0 [width]; None: all.
+
+        The mode of the group's argmax over tokens whose largest magnitude exceeds five times the
+        mean (2604.12782, algorithm 1).
+        """
+        if self.group is None:
+            return None
+        magnitude = x.abs()
+        top, place = magnitude.unflatten(-1, (-1, self.group)).max(-1)
+        channel = place + torch.arange(top.shape[1], device=x.device) * self.group
+        hits = torch.bincount(channel[top > 5 * magnitude.mean()], minlength=x.shape[1])
+        chosen = hits.view(-1, self.group).max(-1)
+        first = torch.arange(top.shape[1], device=x.device) * self.group
+        keep = torch.ones(x.shape[1], device=x.device)
+        keep[(first + chosen.indices)[chosen.values > 0]] = 0
+        return keep
 
     def transform(self, x: Tensor) -> Tensor:
         """Apply the online Hadamard to operands [.., width]."""
@@ -86,20 +106,29 @@ class _Rounded(torch.autograd.Function):
 
 
 def output_error(
-    x: Tensor, w: Tensor, simulation: Simulation, scale: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    simulation: Simulation,
+    scale: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[float, float]:
     """Frobenius error of `Q(x / s) Q(w s)^T` against `x w^T`: (raw, relative to the output).
 
-    x [tokens, width], w [out, width], scale [width] or None for no smoothing.
+    x [tokens, width], w [out, width], scale [width] or None for no smoothing; kept [width] is 0 for
+    the channels that leave the rounding (`Simulation.kept` of x / s).
     """
-    weight = simulation.transform(w if scale is None else w * scale)
+    rest = w if kept is None else w * kept
+    weight = simulation.transform(rest if scale is None else rest * scale)
     weight = fake_quantize(weight, simulation.weights, simulation.rule)
     squared = reference = 0.0
     for part in x.split(TOKENS_AT_ONCE):
         part = part.to(w.dtype)
         exact = part @ w.T
+        reference += float(exact.square().sum(dtype=torch.float64))
+        if kept is not None:
+            exact = part @ rest.T
+            part = part * kept
         smoothed = simulation.transform(part if scale is None else part / scale)
         rounded = fake_quantize(smoothed, simulation.activations, simulation.rule)
         squared += float((rounded @ weight.T - exact).square().sum(dtype=torch.float64))
-        reference += float(exact.square().sum(dtype=torch.float64))
     return squared**0.5, (squared / max(reference, 1e-60)) ** 0.5

@@ -1,0 +1,79 @@
+"""Statistics across a transform: rescaled exactly where it is diagonal, dropped where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from hashlib import sha256
+
+from safetensors.torch import save
+from torch import Tensor
+
+from quantkit import console
+from quantkit.calibrate import store
+from quantkit.checkpoint.step import OpenStep
+
+# How a statistic of x becomes that of x / s: the power of 1/s it is multiplied by.
+POWERS = {"mean": 1, "abs_mean": 1, "absmax": 1, "tail": 1, "energy": 2, "m2": 2, "m3": 3, "m4": 4}
+
+
+def carry_statistics(
+    step: OpenStep, scales: Mapping[str, Tensor], dropped: Set[str] = frozenset()
+) -> str | None:
+    """Write the statistics of the step's output; returns their digest, None without statistics.
+
+    Sites in `scales` had their channels divided by s [width]: moments, sums, maxima and tails
+    follow exactly; the counts of group maxima (hits, qualify) cannot and are left out. Sites in
+    `dropped` changed in another way and lose everything. Call it when every tensor is written.
+    """
+    plan = step.source.path / "outliers.json"
+    if plan.exists():
+        console.warn(
+            "the plan of separated channels was made for the weights before this step and is "
+            "left out: calibrate and separate-outliers again"
+        )
+    if not (step.source.path / store.FILE).exists():
+        return None
+    statistics = store.load_statistics(step.source)
+    parts = []
+    for i, key in enumerate(statistics.keys()):
+        if key in dropped:
+            continue
+        names = [name for name in statistics.tensors if name.rpartition("/")[0] == key]
+        found = {name: statistics.get(key, name.rpartition("/")[2]) for name in names}
+        if key in scales:
+            found = rescaled(found, scales[key])
+        part = step.writer.scratch / f"carried-{i:05d}.safetensors"
+        part.write_bytes(save({name: t.contiguous() for name, t in found.items()}))
+        parts.append(part)
+    if not parts:
+        console.note("statistics: every site changed, none are kept; calibrate again for more")
+        return None
+    without = sorted(set(scales) & set(statistics.keys()))
+    meta = dict(statistics.meta) | {
+        "weights_digest": step.writer.weights_digest(),
+        "carried": {"rescaled": len(without), "dropped": len(dropped)},
+    }
+    data = b"".join(store.combine(parts, meta))
+    step.writer.write_file(store.FILE, data)
+    if without:
+        console.note(
+            f"statistics: rescaled for {len(without)} sites; their counts of group maxima cannot "
+            "be: calibrate again before separating outliers"
+        )
+    if dropped:
+        console.note(f"statistics: dropped for {len(dropped)} sites whose inputs were rotated")
+    return sha256(data).hexdigest()
+
+
+def rescaled(found: Mapping[str, Tensor], s: Tensor) -> dict[str, Tensor]:
+    """The statistics `<key>/<name>` of x / s from those of x; what cannot follow is left out."""
+    out = {}
+    for name, tensor in found.items():
+        kind = name.rpartition("/")[2]
+        if kind == "count":
+            out[name] = tensor
+        elif kind in POWERS:
+            factor = s.double() ** -POWERS[kind]
+            wide = tensor.double() * (factor[:, None] if tensor.dim() == 2 else factor)
+            out[name] = wide.to(tensor.dtype if tensor.itemsize > 2 else s.dtype)
+    return out
