@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from hashlib import sha256
 
 from safetensors.torch import save
 from torch import Tensor
@@ -53,8 +52,7 @@ def carry_statistics(
         "weights_digest": step.writer.weights_digest(),
         "carried": {"rescaled": len(without), "dropped": len(dropped)},
     }
-    data = b"".join(store.combine(parts, meta))
-    step.writer.write_file(store.FILE, data)
+    step.writer.write_file(store.FILE, store.combine(parts, meta))
     if without:
         console.note(
             f"statistics: rescaled for {len(without)} sites; their counts of group maxima cannot "
@@ -62,7 +60,7 @@ def carry_statistics(
         )
     if dropped:
         console.note(f"statistics: dropped for {len(dropped)} sites whose inputs were rotated")
-    return sha256(data).hexdigest()
+    return store.open_statistics(step.writer.side_file(store.FILE)).digest
 
 
 def rescaled(found: Mapping[str, Tensor], s: Tensor) -> dict[str, Tensor]:

@@ -48,7 +48,6 @@ def observe(
         sites = [site for site in runner.layout.layer_sites(layer) if wanted(site)]
         seen: dict[str, dict[str, list[Tensor]]] = {s.key: {"fit": [], "held": []} for s in sites}
         for i, (role, _) in enumerate(parts):
-
             keep = _keeper({key: roles[role] for key, roles in seen.items()})
             states = hidden[i].to(runner.device)
             hidden[i] = runner.capture(block, layer, states, keep).cpu()
