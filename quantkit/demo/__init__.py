@@ -1,0 +1,1 @@
+"""The whole pipeline on a small real model, for a first look."""
