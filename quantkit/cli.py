@@ -25,6 +25,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("separate-outliers", "separate_outliers"),
     ("rotate", "rotate"),
     ("pack", "pack"),
+    ("eval", "eval"),
     ("inspect", "inspect"),
     ("doctor", "doctor"),
     ("kernels", "kernels"),
@@ -54,12 +55,19 @@ def _root(
     pass
 
 
+def _examples(examples: tuple[tuple[str, str], ...]) -> str | None:
+    """A command's EXAMPLES (command line, what it does) as the last paragraphs of its help."""
+    if not examples:
+        return None
+    return "\n\n".join(["Examples:", *(f"{line}  # {what}" for line, what in examples)])
+
+
 for _verb, _module in COMMANDS:
     _command = importlib.import_module(f"quantkit.commands.{_module}")
     if hasattr(_command, "app"):
         app.add_typer(_command.app, name=_verb)
     else:
-        app.command(_verb)(_command.run)
+        app.command(_verb, epilog=_examples(getattr(_command, "EXAMPLES", ())))(_command.run)
 
 
 def main(arguments: list[str] | None = None) -> None:
