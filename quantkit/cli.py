@@ -26,6 +26,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("rotate", "rotate"),
     ("pack", "pack"),
     ("eval", "eval"),
+    ("diagnose", "diagnose"),
+    ("demo", "demo"),
     ("inspect", "inspect"),
     ("doctor", "doctor"),
     ("kernels", "kernels"),

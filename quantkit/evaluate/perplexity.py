@@ -20,7 +20,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
     The softmax runs in float32 whatever the type of the logits, a slice of rows at a time.
     """
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
     losses = [
         torch.nn.functional.cross_entropy(
             flat[i : i + ROWS].float(), wanted[i : i + ROWS], reduction="none"
@@ -30,7 +30,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses).reshape(targets.shape)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference tensors would not be shared between q, k and v
 def negative_log_likelihood(
     model: Any, tokens: Tensor, *, batch: int = 1, progress: Progress | None = None
 ) -> Tensor:
@@ -47,7 +47,7 @@ def negative_log_likelihood(
     device = next(iter(model.parameters())).device
     losses = []
     for start in range(0, len(tokens), batch):
-        window = tokens[start : start + batch].to(device)
+        window = tokens[start : start + batch].to(device).long()
         logits = model(input_ids=window, use_cache=False).logits[:, :-1]
         losses.append(token_losses(logits, window[:, 1:]).cpu())
         if progress is not None:

@@ -52,6 +52,8 @@ class BlockRunner:
         self._inner.rotary_emb.to(self.device)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._ahead: _Ahead | None = None
+        self.keep_head = False  # True: the head's weights stay in memory after the first `head`
+        self._head: dict[str, nn.Parameter] | None = None
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -155,10 +157,10 @@ class BlockRunner:
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Turn the last block's output into logits [batch, sequence, vocabulary]."""
-        layout, parts = self.layout, {}
-        for name in (layout.final_norm, layout.lm_head or layout.embedding):
-            tensor = _finite(name, self.checkpoint.read(name)).to(self.device, self.dtype)
-            parts[name] = nn.Parameter(tensor, requires_grad=False)
+        layout = self.layout
+        parts = self._head or self._head_weights()
+        if self.keep_head:
+            self._head = parts
         norm = copy.deepcopy(self._norm)
         norm.weight = parts[layout.final_norm]
         projection = nn.Linear(layout.hidden, layout.vocab, bias=False, device="meta")
@@ -173,6 +175,13 @@ class BlockRunner:
             self._recorders[0].replacement = None
             for recorder in self._recorders:
                 recorder.seen = None
+
+    def _head_weights(self) -> dict[str, nn.Parameter]:
+        layout, parts = self.layout, {}
+        for name in (layout.final_norm, layout.lm_head or layout.embedding):
+            tensor = _finite(name, self.checkpoint.read(name)).to(self.device, self.dtype)
+            parts[name] = nn.Parameter(tensor, requires_grad=False)
+        return parts
 
     def _call_arguments(self, batch: int, sequence: int) -> list[dict[str, Any]]:
         shape = (batch, sequence)

@@ -1,0 +1,53 @@
+"""One site as a pack job would make it, in memory: what a diagnosis switches on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+from torch import Tensor
+
+from quantkit.evaluate.switches import Rounded, Rounder
+from quantkit.kernels import reference
+from quantkit.model.sites import Site
+from quantkit.pack.job import Job
+from quantkit.pack.pack import fused_groups
+from quantkit.pack.rounding import round_weight
+from quantkit.pack.rtn import global_divisor
+from quantkit.pack.separate import rotated, separate
+
+
+def rounder(jobs: Mapping[str, Job]) -> Rounder:
+    """A rounder whose modes are the names of `jobs`."""
+
+    def round_site(site: Site, mode: Hashable, weights: Mapping[str, Tensor]) -> Rounded | None:
+        return pack_site(jobs[str(mode)], site, weights)
+
+    return round_site
+
+
+def pack_site(job: Job, site: Site, weights: Mapping[str, Tensor]) -> Rounded | None:
+    """Round a site's weights ([out, in] by module name) to nearest, as `pack` does.
+
+    None when the job leaves the site as it is.
+    """
+    fmt = job.scheme.site(site.key, site.kind)
+    if fmt is None:
+        return None
+    operands = {}
+    for group in fused_groups(site):
+        rests, branches = [], []
+        for linear in group:
+            weight = weights[linear.module]
+            branch: dict[str, Tensor] = {}
+            if fmt.branch is not None:
+                weight, branch = separate(weight, job.channels[site.key], fmt)
+            rests.append(rotated(weight, fmt))
+            branches.append(branch)
+        divisor = global_divisor(rests) if fmt.weights == "nvfp4" else None
+        for linear, rest, branch in zip(group, rests, branches, strict=True):
+            rule = job.scheme.scale_rule
+            packed = round_weight(rest, fmt, rule=rule, divisor=divisor) | branch
+            dtype = reference.compute_dtype(weights[linear.module].dtype)
+            operands[linear.module] = reference.weight_operand(packed, fmt, dtype)
+    channels = job.channels[site.key] if fmt.branch is not None else None
+    return Rounded(fmt, job.scheme.scale_rule, channels, operands, job.divisors.get(site.key))
