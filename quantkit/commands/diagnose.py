@@ -60,9 +60,9 @@ def run(
 
     Writes one page to look at, and prints the table; `--json` prints every number.
     """
-    from quantkit.evaluate import diagnose as stage
-    from quantkit.evaluate import diagnosis_tables as tables
-    from quantkit.evaluate.page import write_page
+    from quantkit.diagnose import run as stage
+    from quantkit.diagnose import tables
+    from quantkit.diagnose.page import write_page
     from quantkit.pack.job import PackOptions
 
     show(json, quiet)

@@ -1,4 +1,4 @@
-"""What the inputs of every site of the plain model look like, and the error rounding makes there."""
+"""The inputs of every site in the plain model, and the error that rounding makes in each block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.accumulators import Hits, Scratch, SiteAccumulator
-from quantkit.evaluate.switches import PLAIN, SiteSwitch
+from quantkit.diagnose.switches import PLAIN, SiteSwitch
 from quantkit.model.block import BlockRunner
 from quantkit.model.sites import READERS, Site
 

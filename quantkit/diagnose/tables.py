@@ -82,9 +82,10 @@ def _schemes(report: dict[str, Any]) -> str:
 
 def dry_run_text(found: dict[str, Any]) -> str:
     """What would be diagnosed."""
+    schemes = ", ".join(found["schemes"])
     return "\n".join(
         [
-            f"{found['checkpoint']}: {found['sets']} sets of sites in {', '.join(found['schemes'])}",
+            f"{found['checkpoint']}: {found['sets']} sets of sites; schemes {schemes}",
             f"text: {found['data']}",
             f"{found['block_passes']} passes of a block over all windows "
             f"({found['whole_passes']:.1f} times the whole model; "

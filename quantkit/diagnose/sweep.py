@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quantkit import console
+from quantkit.diagnose.switches import PLAIN, Rounder, SiteSwitch, install
 from quantkit.evaluate.perplexity import token_losses
-from quantkit.evaluate.switches import PLAIN, Rounder, SiteSwitch, install
 from quantkit.model.block import BlockRunner
 from quantkit.model.sites import ModelLayout, Site
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.checkpoint.step import Target
-from quantkit.evaluate import packing, sweep
+from quantkit.diagnose import packing, sweep
+from quantkit.diagnose.switches import PLAIN, Noise
 from quantkit.evaluate.perplexity import negative_log_likelihood
-from quantkit.evaluate.switches import PLAIN, Noise
 from quantkit.formats import mxfp4
 from quantkit.model.block import BlockRunner
 from quantkit.model.families import describe

@@ -21,14 +21,14 @@ from quantkit.checkpoint.ancestry import origin
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.step import open_source, versions
 from quantkit.data.tokens import TokenBatch, load_tokens
+from quantkit.diagnose.observe import Observations, Observer
+from quantkit.diagnose.packing import rounder
+from quantkit.diagnose.sets import Set, bits_of, layer_sets, role_sets
+from quantkit.diagnose.sweep import Arrangement, Swept, histories, sweep
+from quantkit.diagnose.switches import PLAIN, Noise
 from quantkit.errors import InputRejected, QuantkitError, UsageError
 from quantkit.evaluate.models import choose_device
-from quantkit.evaluate.observe import Observations, Observer
-from quantkit.evaluate.packing import rounder
 from quantkit.evaluate.perplexity import Excess, compare, summarise
-from quantkit.evaluate.sets import Set, bits_of, layer_sets, role_sets
-from quantkit.evaluate.sweep import Arrangement, Swept, sweep
-from quantkit.evaluate.switches import PLAIN, Noise
 from quantkit.model.block import BlockRunner
 from quantkit.model.families import describe
 from quantkit.model.sites import KINDS

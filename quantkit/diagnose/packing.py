@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 
 from torch import Tensor
 
-from quantkit.evaluate.switches import Rounded, Rounder
+from quantkit.diagnose.switches import Rounded, Rounder
 from quantkit.kernels import reference
 from quantkit.model.sites import Site
 from quantkit.pack.job import Job
