@@ -13,7 +13,7 @@ TEMPLATE = "page.html"
 
 def render(report: dict[str, Any]) -> str:
     """The page of a report of `diagnose`: the numbers as JSON inside, drawn by its own script."""
-    template = resources.files("quantkit.evaluate").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    template = resources.files("quantkit.diagnose").joinpath(TEMPLATE).read_text(encoding="utf-8")
     # "</script>" or "<!--" inside a string would end the element; < is legal JSON for <
     data = json.dumps(_finite(report), separators=(",", ":"), default=str).replace("<", "\\u003c")
     title = escape(f"{Path(report['checkpoint']).name}: where 4 bits lose accuracy")
