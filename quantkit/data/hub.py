@@ -38,14 +38,14 @@ def open_dataset(spec: str, *, held_out: bool) -> tuple[Pieces, str]:
     if name == "wikitext":
         name, config = WIKITEXT[0], config or WIKITEXT[1]
     split = split or ("test" if held_out else "train")
-    reachable = _reachable()
+    answers = reachable()
     # Only what is read of a large data set should travel; a small one is better kept in the cache.
-    streaming = reachable and not lines
+    streaming = answers and not lines
     try:
-        with _offline(datasets, not reachable):
+        with offline(datasets, not answers):
             rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
-        raise _explained(spec, error, reachable) from None
+        raise _explained(spec, error, answers) from None
     shown = ":".join(part for part in (name, config, split) if part)
     return _rows(rows, column, shown, lines), f"data set {shown}"
 
@@ -119,7 +119,7 @@ def _library() -> ModuleType:
     return datasets
 
 
-def _reachable(seconds: float = 3.0) -> bool:
+def reachable(seconds: float = 3.0) -> bool:
     """Ask whether the Hub answers at all: its client would retry for half a minute."""
     import huggingface_hub
 
@@ -137,15 +137,15 @@ def _reachable(seconds: float = 3.0) -> bool:
 
 
 @contextmanager
-def _offline(datasets: ModuleType, offline: bool) -> Iterator[None]:
-    """Let the libraries look into their caches only."""
+def offline(datasets: ModuleType, cut_off: bool) -> Iterator[None]:
+    """Let the libraries look into their caches only, when `cut_off`."""
     import huggingface_hub
 
     places = [(huggingface_hub.constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
     before = [(place, name, getattr(place, name, False)) for place, name in places]
     try:
         for place, name, value in before:
-            setattr(place, name, offline or value)
+            setattr(place, name, cut_off or value)
         yield
     finally:
         for place, name, value in before:

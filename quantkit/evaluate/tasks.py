@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantkit.data import hub
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.evaluate import offline, task_data
+from quantkit.evaluate import task_data
 from quantkit.evaluate.scores import Answers
 
 ALIASES: dict[str, tuple[str, ...]] = {"arc": ("arc_easy", "arc_challenge")}
@@ -203,10 +204,13 @@ def _local(
 
 
 def _load(manager: Any, leaf: str, spec: str, data: str) -> Any:
-    if data.startswith("Hub"):
-        offline.go_offline_if_unreachable()
+    import datasets
+
+    # Without a network the Hub's libraries would try for minutes.
+    cut_off = data.startswith("Hub") and not hub.reachable()
     try:
-        return manager.load([spec])["tasks"][leaf]
+        with hub.offline(datasets, cut_off):
+            return manager.load([spec])["tasks"][leaf]
     except Exception as error:
         if not data.startswith("Hub"):
             raise QuantkitError(

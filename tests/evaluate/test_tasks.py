@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quantkit.data import hub
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evaluate import lm, scores, task_data, tasks
 from quantkit.evaluate.request_log import RequestLog
@@ -170,7 +172,14 @@ def test_other_layouts_are_found(folder: Path, tmp_path: Path) -> None:
         assert [d["question"] for d in task.eval_docs] == [r["question"] for r in rows]
 
 
-def test_wrong_names_and_wrong_data_are_one_line(folder: Path, tmp_path: Path) -> None:
+def test_wrong_names_and_wrong_data_are_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.tasks
+
+    arc = Path(lm_eval.__file__).parent / "tasks" / "arc"
+    few = partial(lm_eval.tasks.TaskManager, include_defaults=False, include_path=[arc])
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)  # the whole index takes 8 s
     with pytest.raises(UsageError, match="no such task: arc_esy") as raised:
         tasks.select(["arc_esy"], folder, tmp_path)
     assert "arc_easy" in (raised.value.hint or "")
@@ -186,8 +195,10 @@ def test_wrong_names_and_wrong_data_are_one_line(folder: Path, tmp_path: Path) -
 def test_no_network_names_the_local_way_quickly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    import datasets
+
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "empty"))
     with pytest.raises(QuantkitError, match="no data for the task piqa") as raised:
         tasks.select(["piqa"], None, tmp_path)
     assert "--tasks-dir" in (raised.value.hint or "")
