@@ -224,6 +224,8 @@ def quantize_activations(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read 16 bytes at a time
         x = x.clone(memory_format=torch.contiguous_format)
     codes, scales, gathered = _allocate(x, activations, index)
+    if len(x) == 0:
+        return codes, scales, gathered
     args = quantize_arguments(x, rule, activations, index, mask, divisor, codes, scales, gathered)
     source = generate.quantize_act(_arch(x), activations, _OUTPUT[x.dtype], rotate)
     library = jit.load(source.text, source.name, source.arch)
@@ -305,6 +307,8 @@ def gemm(
     """
     row = KERNELS[kernel]
     out = x.new_empty(len(x), len(weight), dtype=dtype)
+    if len(x) == 0:
+        return out
     tile = generate.blockscaled_tile(row, len(x))
     source = generate.blockscaled_gemm(row, tile, _OUTPUT[dtype], branch is not None)
     library = jit.load(source.text, source.name, source.arch)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from quantkit.kernels import capability, generate, jit
+from quantkit.kernels import sm1xx_blockscaled as blackwell
 
 
 def kernel(weights: str, activations: str, gpu: tuple[int, int]) -> capability.Kernel:
@@ -77,3 +79,11 @@ def test_it_compiles_to_block_scaled_mma(
     library = jit.compile(source.text, source.name, source.arch, ("--keep",))
     text = "".join(path.read_text() for path in library.parent.glob("*.ptx"))
     assert re.search(instruction, text), sorted(set(re.findall(r"\S*mma\S*", text)))
+
+
+def test_no_tokens_need_no_device() -> None:
+    x = torch.empty(0, 64, dtype=torch.bfloat16)
+    codes, scales, _ = blackwell.quantize_activations(x, "mxfp4", "even", False, None, None, None)
+    weight = torch.zeros(16, 32, dtype=torch.uint8)
+    y = blackwell.gemm(codes, scales, None, weight, scales, None, None, None, 0, x.dtype)
+    assert y.shape == (0, 16)
