@@ -35,7 +35,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, fmt
         self.site = site or PackedSite("", fmt, rule)
-        self.site.members.append(self)
+        self.first_row = self.site.add(self)
         self.keep_decoded = True
         self.packed_names: tuple[str, ...] = ()
         for name, (kind, shape) in tensors_of(fmt, out_features, in_features, dtype).items():
@@ -52,6 +52,11 @@ class QuantLinear(nn.Module):
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors by the names of pack/layout.py."""
         return {name: getattr(self, name) for name in self.packed_names}
+
+    def move_packed(self, device: torch.device) -> None:
+        """Move the packed tensors and nothing else."""
+        for name in self.packed_names:
+            self._buffers[name] = getattr(self, name).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] -> [.., out]."""

@@ -10,6 +10,7 @@ import torch
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.source import resolve
 from quantkit.pack.scheme import METHOD, Scheme, from_json
+from quantkit.runtime.site import prepare
 
 
 def load(
@@ -40,6 +41,8 @@ def load(
         local_files_only=True,
         use_safetensors=True,
     )
+    if torch.device(device).type == "cuda":
+        prepare(model, model.dtype)
     return model.eval()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,9 @@ class PackedSite:
     """Members (q, k, v) share one quantization of their input, or one kernel for all of them.
 
     What computes them is chosen on first use, for the device and dtype in use then, and again
-    when those change. The last shared result is held until every member has taken it.
+    when those change. A kernel has a layout of its own: once it is prepared, the checkpoint's
+    tensors move to the CPU, where saving and moving the model still find them. The last shared
+    result is held until every member has taken it.
     """
 
     def __init__(self, key: str, fmt: SiteFormat, rule: str) -> None:
@@ -28,29 +29,37 @@ class PackedSite:
         self.members: list[QuantLinear] = []
         self._chosen_for: tuple[torch.device, torch.dtype] | None = None
         self._kernel: nn.Module | None = None
-        self._input: weakref.ref[Tensor] | None = None
-        self._version, self._taken = 0, set[int]()
+        self._input: Tensor | None = None
+        self._version = 0
         self._result: Tensor | None = None
+        self._taken: tuple[int, ...] = ()  # first rows of the members that have the result
+
+    def add(self, member: QuantLinear) -> int:
+        """Take a linear in; returns the first row of the site's outputs that is its own."""
+        first = sum(other.out_features for other in self.members)
+        self.members.append(member)
+        return first
 
     def compute(self, member: QuantLinear, x: Tensor) -> Tensor:
         """The output of one member, x [.., in] -> [.., out]."""
         if self._chosen_for != (x.device, x.dtype):
-            self._choose(x)
+            self.choose(x.device, x.dtype)
         kernel = self._kernel
         if kernel is None:
             weight, channels = member.operands(reference.compute_dtype(x.dtype))
             operand = self._shared(member, x, lambda x: self._operand(member, x, channels))
             return reference.linear(operand, weight, member.bias, x.dtype)
         output = self._shared(member, x, lambda x: kernel(x.reshape(-1, x.shape[-1])))
-        first = sum(m.out_features for m in self.members[: self.members.index(member)])
-        part = output[:, first : first + member.out_features]
+        part = output[:, member.first_row : member.first_row + member.out_features]
         return part.reshape(*x.shape[:-1], member.out_features)
 
     def forget(self) -> None:
         """Choose again on the next use (the members' tensors moved or changed)."""
         self._chosen_for = self._kernel = self._input = self._result = None
 
-    def _choose(self, x: Tensor) -> None:
+    @torch.compiler.disable
+    def choose(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Pick and prepare what computes the members on `device` in `dtype`."""
         work = dispatch.Work(
             weights=self.format.weights,
             activations=self.format.activations,
@@ -60,14 +69,22 @@ class PackedSite:
             width=self.members[0].in_features,
             outputs=tuple(member.out_features for member in self.members),
             outliers=self.format.outliers,
-            dtype=x.dtype,
+            dtype=dtype,
         )
+        self.forget()
         linears = []
         for member in self.members:
+            member.move_packed(device)
             bias = {} if member.bias is None else {"bias": member.bias}
             linears.append(member.packed() | bias)
-        self._kernel = dispatch.prepare(self.key, work, linears, x.device)
-        self._chosen_for = (x.device, x.dtype)
+        self._kernel = dispatch.prepare(self.key, work, linears, device)
+        self._chosen_for = (device, dtype)
+        if self._kernel is not None:
+            for member in self.members:
+                member.move_packed(torch.device("cpu"))
+            for tensor in self._kernel.buffers():
+                # Without this a CUDA graph of torch.compile copies the weights at every replay.
+                torch._dynamo.mark_static_address(tensor, guard=False)
 
     def _operand(self, member: QuantLinear, x: Tensor, channels: Tensor | None) -> Tensor:
         divisor = member.packed().get("input_global_scale")
@@ -75,18 +92,26 @@ class PackedSite:
 
     def _shared(self, member: QuantLinear, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         """`make(x)`, or what it gave another member for this very tensor."""
-        if len(self.members) < 2 or torch.compiler.is_compiling():
+        if len(self.members) < 2:
             return make(x)
-        # Inference tensors count no changes in place; that no member takes a result twice keeps
-        # a buffer that is filled anew for each step from being mistaken for the last one.
-        version = 0 if x.is_inference() else x._version
-        known = self._input is not None and self._input() is x and self._version == version
-        if not known or id(member) in self._taken:
+        # Inference tensors count no changes in place (nor does tracing); that no member takes a
+        # result twice keeps a buffer that is filled anew for each step from being mistaken.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        if self._input is not x or self._version != version or member.first_row in self._taken:
             self._result = make(x)
-            self._input, self._version, self._taken = weakref.ref(x), version, set()
+            self._input, self._version, self._taken = x, version, ()
         result = self._result
         assert result is not None
-        self._taken.add(id(member))
+        self._taken = (*self._taken, member.first_row)
         if len(self._taken) == len(self.members):
             self._input = self._result = None
         return result
+
+
+def prepare(model: nn.Module, dtype: torch.dtype) -> None:
+    """Choose what computes every packed site of `model` now rather than on first use."""
+    from quantkit.runtime.linear import QuantLinear
+
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.first_row == 0:
+            module.site.choose(next(iter(module.packed().values())).device, dtype)
