@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from quantkit import console
 from quantkit.kernels import dispatch
-from quantkit.pack.layout import padded
+from quantkit.pack.layout import index_tensor, padded
 from quantkit.pack.scheme import Scheme, build
 from quantkit.runtime.convert import replace_linears
+from quantkit.runtime.linear import QuantLinear
 
 QWEN3_8B = {
     "hidden_size": 4096,
@@ -109,6 +110,10 @@ def random_model(kind: str, layers: int, device: torch.device) -> Any:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.fill_(1)
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and module.format.branch:
+            channels = torch.arange(0, module.in_features, 32)
+            module.outlier_index.copy_(index_tensor(channels, module.format.outliers))
     return model
 
 
@@ -119,7 +124,7 @@ def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     elif name == "weight_scale" and tensor.dtype == torch.uint8:
         tensor.fill_(127 - 7)  # 2^-7: rows of standard deviation about 0.02
     elif name == "outlier_index":
-        tensor.copy_(32 * torch.arange(len(tensor), device=tensor.device))
+        tensor.fill_(-1)
     elif name == "scale":
         tensor.fill_(0.02)
     elif tensor.dtype == torch.float8_e4m3fn:

@@ -159,7 +159,8 @@ class BlockScaledLinear(nn.Module):
             from quantkit.pack.scheme import SiteFormat
 
             gathered = branch_input(gathered, SiteFormat("none", "none", "fp8"))
-        if gathered.dtype != weight.dtype:  # float16 cannot hold what bfloat16 does
+        # float16 cannot hold what bfloat16 does, and only CUDA multiplies into float32.
+        if gathered.dtype != weight.dtype or not gathered.is_cuda:
             return gathered.float() @ weight.float().T
         return torch.mm(gathered, weight.T, out_dtype=torch.float32)
 
