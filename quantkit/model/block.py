@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import InputRejected
+from quantkit.model.families import make_known
 from quantkit.model.sites import ModelLayout, Site, read_weight
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ def _skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     plain = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config")}
+    make_known(plain.get("model_type"))
     try:
         built = CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
         built._experts_implementation = "eager"  # the same sums as the watched experts below

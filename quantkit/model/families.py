@@ -83,9 +83,18 @@ FAMILIES: dict[str, Family] = {
     "phi3": replace(_LLAMA, attn_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
     "mixtral": replace(_LLAMA, experts=_MIXTRAL),
     "qwen3_moe": replace(_QWEN3, experts=Experts()),
+    "depth_register_llama": _LLAMA,
 }
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def make_known(model_type: object) -> None:
+    """Register the family's architecture with transformers where it is one of our own."""
+    if model_type == "depth_register_llama":
+        from quantkit.model.depth_registers import register
+
+        register()
 
 
 def describe(config: Mapping[str, Any], tensors: Mapping[str, Shaped]) -> ModelLayout:
