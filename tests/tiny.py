@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from quantkit.model.families import make_known
+
 VOCAB = 256
 
 
@@ -30,6 +32,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
     }
     if family == "qwen3_moe":
         common |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    make_known(family)
     return AutoConfig.for_model(family, **(common | changes))
 
 

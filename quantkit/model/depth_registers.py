@@ -41,7 +41,7 @@ class DepthRegisterAttention(LlamaAttention):
             heads = config.num_key_value_heads or config.num_attention_heads
             self.sink_key = nn.Parameter(0.1 * torch.randn(heads, int(self.head_dim)))
 
-    def slots(self, batch: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def slots(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [batch, kv heads, registers + sink, head_dim] before every token."""
         heads, width = self.config.num_key_value_heads, self.head_dim
         keys, values = [], []
@@ -51,7 +51,7 @@ class DepthRegisterAttention(LlamaAttention):
         if self.config.attention_sink:
             keys.append(self.sink_key[:, None])
             values.append(torch.zeros_like(keys[-1]))
-        key, value = (torch.cat([p.to(dtype) for p in parts], 1) for parts in (keys, values))
+        key, value = (torch.cat(parts, 1) for parts in (keys, values))
         return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
     def forward(  # type: ignore[override]  # the base names every backend's keyword
@@ -65,6 +65,7 @@ class DepthRegisterAttention(LlamaAttention):
         """Attention output [batch, tokens, hidden]; the cache holds tokens only."""
         assert position_embeddings is not None
         batch, tokens, _ = hidden_states.shape
+        slot_key, slot_value = self.slots(batch)
         shape = (batch, tokens, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
@@ -73,9 +74,9 @@ class DepthRegisterAttention(LlamaAttention):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         seen = key.shape[2]
-        slot_key, slot_value = self.slots(batch, key.dtype)
         slots = slot_key.shape[2]
-        key, value = torch.cat([slot_key, key], 2), torch.cat([slot_value, value], 2)
+        key = torch.cat([slot_key.to(key.dtype), key], 2)
+        value = torch.cat([slot_value.to(value.dtype), value], 2)
         if attention_mask is None:
             mask = torch.ones(tokens, slots + seen, dtype=torch.bool, device=key.device)
             mask = mask.tril(slots + seen - tokens)

@@ -50,6 +50,8 @@ class Family:
     norm_offset: float = 0.0  # 1 where the norm multiplies by (1 + weight)
     post_norms: bool = False
     experts: Experts | None = None
+    attn_vectors: tuple[str, ...] = ()  # learned vectors that the attn_in linears read, if present
+    attn_other: tuple[str, ...] = ()  # in the attention, meeting no linear, if present
 
 
 _LLAMA = Family()
@@ -83,7 +85,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": replace(_LLAMA, attn_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
     "mixtral": replace(_LLAMA, experts=_MIXTRAL),
     "qwen3_moe": replace(_QWEN3, experts=Experts()),
-    "depth_register_llama": _LLAMA,
+    "depth_register_llama": replace(
+        _LLAMA, attn_vectors=("self_attn.registers",), attn_other=("self_attn.sink_key",)
+    ),
 }
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -188,6 +192,8 @@ class _Describer:
         heads = kv_width // head_dim
         if rows != width + 2 * kv_width or kv_width % head_dim or not heads or self.n_heads % heads:
             raise InputRejected(f"{at}self_attn: the shapes of q, k, v and o do not fit together")
+        vectors = tuple(at + name for name in family.attn_vectors if at + name in self.tensors)
+        self.known.update(vectors, (at + name for name in family.attn_other))
         key = f"layers.{layer}."
         yield Site(
             f"{key}attn_in",
@@ -198,6 +204,7 @@ class _Describer:
             norm=f"{at}{family.attn_norm}.weight",
             norm_offset=family.norm_offset,
             head_dim=head_dim,
+            vectors=vectors,
         )
         yield Site(
             f"{key}attn_out",

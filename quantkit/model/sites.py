@@ -44,7 +44,8 @@ class Site:
     `norm` is the gain in front of a reader (its effect is `norm_offset + weight`); `writer` the
     linear whose output rows are this site's channels, up to the repetition of KV heads
     (`writer_rows`). `unquantized` are linears that read the same input but keep their precision:
-    a transform of the site must follow them too (a router).
+    a transform of the site must follow them too (a router). `vectors` are tensors [n, width] of
+    learned vectors that the linears read beside the norm's output (depth registers).
     """
 
     key: str
@@ -59,6 +60,7 @@ class Site:
     head_dim: int = 0
     groups: int = 1  # query heads that read one KV head (attn_out)
     unquantized: tuple[Linear, ...] = ()
+    vectors: tuple[str, ...] = ()
 
     def writer_rows(self) -> torch.Tensor:
         """Give the row of `writer` that makes each channel: int64 [width].

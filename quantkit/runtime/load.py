@@ -9,6 +9,7 @@ import torch
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.source import resolve
+from quantkit.model.families import make_known
 from quantkit.pack.scheme import METHOD, Scheme, from_json
 from quantkit.runtime.site import prepare
 
@@ -29,7 +30,9 @@ def load(
     import quantkit.runtime.huggingface  # noqa: F401 - registers the method
 
     path = resolve(source)
-    scheme = scheme_of(open_checkpoint(path))
+    checkpoint = open_checkpoint(path)
+    make_known(checkpoint.config.get("model_type"))
+    scheme = scheme_of(checkpoint)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if scheme is not None:
         config.quantization_config = scheme.to_json()

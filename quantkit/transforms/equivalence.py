@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.model.families import make_known
+
 
 @torch.no_grad()
 def logits(path: str | Path, tokens: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -31,6 +34,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 def _load(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    make_known(open_checkpoint(path).config.get("model_type"))
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         from quantkit.runtime.load import load

@@ -54,16 +54,32 @@ def outputs(linear: Linear, function: Callable[[Tensor], Tensor]) -> Iterable[tu
         yield linear.bias, Edit(1, function, linear.rows)
 
 
+def vectors(
+    names: Iterable[str], function: Callable[[Tensor], Tensor]
+) -> Iterable[tuple[str, Edit]]:
+    """Map stored vectors [n, width]: v -> v M for a function x -> x M."""
+    for name in names:
+        yield name, Edit(1, function)
+
+
 def gain(name: str, offset: float, function: Callable[[Tensor], Tensor]) -> tuple[str, Edit]:
     """Map the gain of a norm, which multiplies by offset + weight."""
     return name, Edit(1, lambda weight: function(weight + offset) - offset)
 
 
 def fuse_gain(
-    linears: Iterable[Linear], norm: str, offset: float, read: Callable[[str], Tensor]
+    linears: Iterable[Linear],
+    norm: str,
+    offset: float,
+    read: Callable[[str], Tensor],
+    beside: Iterable[str] = (),
 ) -> Iterable[tuple[str, Edit]]:
-    """Move a norm's gain into the linears that read it; the gain becomes one."""
+    """Move a norm's gain into the linears that read it; the gain becomes one.
+
+    `beside` names tensors of vectors that the linears read too, without the norm.
+    """
     yield from inputs(linears, lambda w: w * (offset + read(norm).double()))
+    yield from vectors(beside, lambda v: v / (offset + read(norm).double()))
     yield gain(norm, offset, torch.ones_like)
 
 
@@ -77,6 +93,7 @@ def scale(site: Site, s: Tensor) -> Iterable[tuple[str, Edit]]:
     yield from inputs((*site.linears, *site.unquantized), lambda w: w * s)
     if site.norm is not None:
         yield gain(site.norm, site.norm_offset, lambda g: g / s)
+        yield from vectors(site.vectors, lambda v: v / s)
         return
     assert site.writer is not None
     rows = site.writer_rows()

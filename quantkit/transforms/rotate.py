@@ -240,8 +240,9 @@ def _residual(
     for site in layout.sites:
         if site.norm is not None:
             readers = (*site.linears, *site.unquantized)
-            fold.add(edits, fold.fuse_gain(readers, site.norm, site.norm_offset, read))
-            fold.add(edits, fold.inputs(readers, mix))
+            gain = fold.fuse_gain(readers, site.norm, site.norm_offset, read, site.vectors)
+            fold.add(edits, gain)
+            fold.add(edits, (*fold.inputs(readers, mix), *fold.vectors(site.vectors, mix)))
             rotation.dropped.add(site.key)
     for layer in range(layout.n_layers):
         for linear in layout.residual_writers(layer):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "depth_registers"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "depth_registers"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def run(runs: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, EXAMPLE / "run.py", "--smoke", "--seeds", "0", "--runs", runs]
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*command, *options], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
 
 
 def test_smoke_run_writes_every_figure(tmp_path: Path) -> None:
@@ -56,7 +61,9 @@ assert (runs / "cut" / "state.safetensors").exists()
 train.windows = real
 train.train(recipe, corpus, runs / "cut", "cpu")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     whole, cut = (tmp_path / n / "model.safetensors" for n in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()

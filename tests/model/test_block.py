@@ -17,6 +17,7 @@ from tests.tiny import VOCAB, save_tiny
 # Windows shorter than the sequence, mixed layer types, scaled embeddings, soft caps: each family
 # in the form that leaves most to its own forward.
 FAMILIES: dict[str, dict[str, object]] = {
+    "depth_register_llama": {"num_registers": 3, "attention_sink": True},
     "llama": {},
     "mistral": {"sliding_window": 8},
     "ministral": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},

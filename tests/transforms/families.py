@@ -20,6 +20,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "phi3": ("phi3", {}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
+    "registers": (
+        "depth_register_llama",
+        {"num_registers": 3, "attention_sink": True, "tie_word_embeddings": True},
+    ),
 }
 
 
