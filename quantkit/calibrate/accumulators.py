@@ -132,7 +132,7 @@ class Tail:
     def place(self, channels: int, tokens: int, device: torch.device) -> torch.Tensor:
         """Give the [channels, tokens] to be filled with bit patterns of |x|: already taken in."""
         if self._buffer is None:
-            size = (channels, self.k + max(self.room, tokens))
+            size = (channels, self.k + self.room)
             self._buffer = torch.empty(size, dtype=pattern_dtype(self.dtype), device=device)
         if self._used + tokens > self._buffer.shape[1]:
             self._settle()
@@ -343,7 +343,7 @@ class SiteAccumulator:
         if not len(x):
             return
         scratch = scratch or Scratch()
-        tile = max(TILE[x.device.type] // self.channels, 32)
+        tile = min(max(TILE[x.device.type] // self.channels, 32), self.tail.room)
         for part in x.to(self.dtype).split(tile):
             shape = (self.channels, len(part))
             turned = scratch.take("turned", shape, self.dtype, x.device)

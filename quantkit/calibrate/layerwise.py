@@ -226,7 +226,7 @@ class _Run:
                 states.mark()
 
     def _accumulator(self, site: Site) -> SiteAccumulator:
-        room = 4096 if site.expert is None else 512
+        room = BATCH_TOKENS[self.device.type] // (1 if site.expert is None else 8)
         return SiteAccumulator.empty(site.key, site.width, self.dtype, self.k, room)
 
     def _measured(self, i: int, found: Mapping[str, SiteAccumulator]) -> dict[str, torch.Tensor]:

@@ -38,6 +38,17 @@ def measured(x: torch.Tensor, k: int = 20) -> SiteAccumulator:
     return accumulator
 
 
+def test_updates_of_any_size() -> None:
+    """A narrow site (an expert) sees few tokens in one batch and many in the next."""
+    x = inputs(32, torch.bfloat16)
+    accumulator = SiteAccumulator.empty("layers.0.experts.0.mlp_out", 32, x.dtype, 20, room=64)
+    for first, last in ((0, 3), (3, 3), (3, 500), (500, TOKENS)):
+        accumulator.update(x[first:last])
+    state, whole = complete(accumulator), complete(measured(x))
+    for name in ("count", "tail", "absmax", "hits32", "qualify32"):
+        assert torch.equal(state[name], whole[name]), name
+
+
 def complete(accumulator: SiteAccumulator, k: int | None = None) -> dict[str, torch.Tensor]:
     threshold = 5 * accumulator.magnitude.mean()
     return accumulator.state_dict(k) | Hits.of(accumulator.maxima, threshold).state_dict()
