@@ -105,7 +105,8 @@ def _rows(rows: Iterable[Any], column: str | None, shown: str, lines: bool) -> P
         if size > PIECE:
             yield "".join(held), False
             held, size = [], 0
-    yield "".join(held), True
+    if held:
+        yield "".join(held), True
 
 
 def _library() -> ModuleType:
