@@ -8,7 +8,9 @@ A kernel module (named by its row in `capability`) has two functions:
 `linears` are the packed linears that read one site (q, k, v; gate, up), as mappings of checkpoint
 tensor names (`weight_packed`, `weight_scale`, `outlier_weight`, `outlier_index`, `bias`, ...).
 They share one activation quantization, and N is the sum of their outputs, in order. A module may
-offer its two halves, `quantize(x) -> operands` and `multiply(*operands)`, to be timed apart.
+offer its two halves, `quantize(x) -> operands` and `multiply(*operands)`, to be timed apart, and
+`gated(gate_up [M, 2 K]) -> [M, N]`, the same as forward(silu(gate) * up) without that product in
+memory.
 """
 
 from __future__ import annotations

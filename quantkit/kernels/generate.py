@@ -68,13 +68,15 @@ def blockscaled_gemm(kernel: Kernel, tile: Tile, output: str, branch: bool) -> S
     return Source(text, f"{stem}_blockscaled_gemm", kernel.arch)
 
 
-def quantize_act(arch: str, activations: str, dtype: str, rotate: bool) -> Source:
+def quantize_act(
+    arch: str, activations: str, dtype: str, rotate: bool, gated: bool = False
+) -> Source:
     """Instantiate the activation kernel of the Blackwell GEMM (`sm1xx_quantize_act.cuh`)."""
     element = {"bf16": "__nv_bfloat16", "fp16": "__half"}[dtype]
     text = (
         '#include "sm1xx_quantize_act.cuh"\n'
         f"QUANTKIT_EXPORT_QUANTIZE({element}, quantkit::Format::{activations}, "
-        f"{str(rotate).lower()})\n"
+        f"{str(rotate).lower()}, {str(gated).lower()})\n"
     )
     return Source(text, "sm1xx_quantize_act", arch)
 
@@ -94,9 +96,10 @@ def sources(arch: str, pairs: Sequence[tuple[str, str]] | None = None) -> Iterat
 
 
 def _blockscaled_sources(kernel: Kernel) -> Iterator[Source]:
-    yield quantize_act(kernel.arch, kernel.activations, "bf16", rotate=False)
-    if kernel.activations != "nvfp4":
-        yield quantize_act(kernel.arch, kernel.activations, "bf16", rotate=True)
+    for gated in (False, True):
+        yield quantize_act(kernel.arch, kernel.activations, "bf16", rotate=False, gated=gated)
+        if kernel.activations != "nvfp4":
+            yield quantize_act(kernel.arch, kernel.activations, "bf16", rotate=True, gated=gated)
     tiles = [blockscaled_tile(kernel, most) for most, _ in BLOCKSCALED_TILES[kernel.arch]]
     for tile in tiles:
         for branch in (False, True):

@@ -123,10 +123,14 @@ class BlockScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(*self.quantize(x), x.dtype)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [M, K]: codes, scale tiles and gathered outlier channels."""
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """forward(silu(gate) * up) of gate_up [M, 2 K] without that product in memory."""
+        return self.multiply(*self.quantize(gate_up, gated=True), gate_up.dtype)
+
+    def quantize(self, x: Tensor, gated: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """x [M, K] (gated: [M, 2 K]): codes, scale tiles and gathered outlier channels."""
         return quantize_activations(
-            x, self.activations, self.rule, self.rotate, self.index, self.mask, self.divisor
+            x, self.activations, self.rule, self.rotate, gated, self.index, self.mask, self.divisor
         )
 
     def multiply(
@@ -217,18 +221,24 @@ def quantize_activations(
     activations: str,
     rule: str,
     rotate: bool,
+    gated: bool,
     index: Tensor | None,
     mask: Tensor | None,
     divisor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize x [M, K]: codes [M, K/2] or [M, K], scale tiles, and gathered outliers [M, k]."""
+    """Quantize x [M, K]: codes [M, K/2] or [M, K], scale tiles, and gathered outliers [M, k].
+
+    `gated`: x [M, 2 K] holds gate and up, and silu(gate) * up is quantized.
+    """
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read 16 bytes at a time
         x = x.clone(memory_format=torch.contiguous_format)
-    codes, scales, gathered = _allocate(x, activations, index)
+    codes, scales, gathered = _allocate(x, activations, index, gated)
     if len(x) == 0:
         return codes, scales, gathered
-    args = quantize_arguments(x, rule, activations, index, mask, divisor, codes, scales, gathered)
-    source = generate.quantize_act(_arch(x), activations, _OUTPUT[x.dtype], rotate)
+    args = quantize_arguments(
+        x, rule, activations, gated, index, mask, divisor, codes, scales, gathered
+    )
+    source = generate.quantize_act(_arch(x), activations, _OUTPUT[x.dtype], rotate, gated)
     library = jit.load(source.text, source.name, source.arch)
     _check(library.run(ctypes.byref(args), _stream(x)), source.name)
     return codes, scales, gathered
@@ -240,15 +250,18 @@ def _(
     activations: str,
     rule: str,
     rotate: bool,
+    gated: bool,
     index: Tensor | None,
     mask: Tensor | None,
     divisor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(x, activations, index)
+    return _allocate(x, activations, index, gated)
 
 
-def _allocate(x: Tensor, activations: str, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, width = x.shape
+def _allocate(
+    x: Tensor, activations: str, index: Tensor | None, gated: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, width = x.shape[0], x.shape[1] // (2 if gated else 1)
     columns = width if activations == "mxfp8" else width // 2
     size = tile_bytes(tokens, width // BLOCK[activations])
     outliers = 0 if index is None else len(index)
@@ -263,6 +276,7 @@ def quantize_arguments(
     x: Tensor,
     rule: str,
     activations: str,
+    gated: bool,
     index: Tensor | None,
     mask: Tensor | None,
     divisor: Tensor | None,
@@ -282,7 +296,7 @@ def quantize_arguments(
         gathered=gathered.data_ptr(),
         stride=x.stride(0),
         tokens=len(x),
-        k=x.shape[1],
+        k=x.shape[1] // (2 if gated else 1),
         outliers=gathered.shape[1],
         carry=0 if activations == "nvfp4" else e8m0.carry(element, rule),
     )

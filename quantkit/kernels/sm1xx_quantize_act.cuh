@@ -1,5 +1,6 @@
-// Activations for the Blackwell GEMM: gather the outlier channels, zero them, rotate the rest in
-// blocks, choose block scales, round to the element, write codes and scale tiles, in one pass.
+// Activations for the Blackwell GEMM: SwiGLU where the input is gate and up, gather the outlier
+// channels, zero them, rotate the rest in blocks, choose block scales, round to the element, write
+// codes and scale tiles, in one pass.
 //
 // One thread owns one scale block of one token, so a block's maximum needs no exchange. Plain CUDA
 // that runs on any GPU, converting with the hardware instruction where there is one; the same
@@ -20,7 +21,8 @@ namespace quantkit {
 enum class Format { mxfp4, mxfp8, nvfp4 };
 
 struct QuantizeArguments {
-  void const* x;               // [tokens, k] bf16 or fp16, rows `stride` elements apart
+  void const* x;               // [tokens, k] bf16 or fp16, rows `stride` elements apart; gated:
+                               // [tokens, 2 k], gate before up
   uint32_t const* mask;        // bit c % 32 of word c / 32: channel c is an outlier; null: none
   int const* index;            // [outliers] channels, -1 for padding
   float const* divisor;        // NVFP4: what values are multiplied by before block scales, one
@@ -72,18 +74,30 @@ __host__ __device__ inline void hadamard32(float (&v)[32]) {
   for (float& value : v) value *= 0.17677669529663687f;  // 32^-1/2
 }
 
+// silu(gate) * up, rounded where two kernels would have written it.
 template <class Input>
+__host__ __device__ Input gated_product(Input gate, Input up) {
+  float const g = static_cast<float>(gate);
+  Input const activated = Input(g / (1.f + expf(-g)));
+  return Input(static_cast<float>(activated) * static_cast<float>(up));
+}
+
+template <class Input, bool Gated>
 __host__ __device__ void gather_outlier(QuantizeArguments const& a, int token, int j) {
   auto const* row = static_cast<Input const*>(a.x) + token * a.stride;
   int const channel = a.index[j];
-  static_cast<Input*>(a.gathered)[int64_t(token) * a.outliers + j] =
-      channel < 0 ? Input(0.f) : row[channel];
+  Input value(0.f);
+  if (channel >= 0) {
+    value = row[channel];
+    if constexpr (Gated) value = gated_product(value, row[a.k + channel]);
+  }
+  static_cast<Input*>(a.gathered)[int64_t(token) * a.outliers + j] = value;
 }
 
 template <Format F>
 inline constexpr int block_size = F == Format::nvfp4 ? 16 : 32;
 
-template <class Input, Format F, bool Hadamard>
+template <class Input, Format F, bool Hadamard, bool Gated>
 __host__ __device__ void quantize_block(QuantizeArguments const& a, int token, int block) {
   constexpr int Block = block_size<F>;
   static_assert(!Hadamard || Block == 32, "the rotation runs inside one thread's block");
@@ -101,6 +115,12 @@ __host__ __device__ void quantize_block(QuantizeArguments const& a, int token, i
   for (int i = 0; i < Block; i += 8) {
     alignas(16) Input eight[8];
     copy16(eight, row + block * Block + i);
+    if constexpr (Gated) {
+      alignas(16) Input up[8];
+      copy16(up, row + a.k + block * Block + i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) eight[j] = gated_product(eight[j], up[j]);
+    }
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[i + j] = static_cast<float>(eight[j]);
   }
@@ -166,29 +186,29 @@ __host__ __device__ int padded_blocks(int k) {
   return (k / block_size<F> + 3) / 4 * 4;
 }
 
-template <class Input, Format F, bool Hadamard>
+template <class Input, Format F, bool Hadamard, bool Gated>
 __global__ void __launch_bounds__(128) quantize_act(QuantizeArguments a) {
   int const token = blockIdx.x;
   int const thread = blockIdx.y * blockDim.x + threadIdx.x;
   for (int j = thread; j < a.outliers; j += gridDim.y * blockDim.x)
-    gather_outlier<Input>(a, token, j);
-  if (thread < padded_blocks<F>(a.k)) quantize_block<Input, F, Hadamard>(a, token, thread);
+    gather_outlier<Input, Gated>(a, token, j);
+  if (thread < padded_blocks<F>(a.k)) quantize_block<Input, F, Hadamard, Gated>(a, token, thread);
 }
 
-template <class Input, Format F, bool Hadamard>
+template <class Input, Format F, bool Hadamard, bool Gated>
 int launch_quantize_act(QuantizeArguments const& args, cudaStream_t stream) {
   dim3 grid(args.tokens, (padded_blocks<F>(args.k) + 127) / 128);
-  quantize_act<Input, F, Hadamard><<<grid, 128, 0, stream>>>(args);
+  quantize_act<Input, F, Hadamard, Gated><<<grid, 128, 0, stream>>>(args);
   auto error = cudaGetLastError();
   return error == cudaSuccess ? 0 : 100 + static_cast<int>(error);
 }
 
-template <class Input, Format F, bool Hadamard>
+template <class Input, Format F, bool Hadamard, bool Gated>
 void quantize_act_on_host(QuantizeArguments const& args) {
   for (int token = 0; token < args.tokens; ++token) {
-    for (int j = 0; j < args.outliers; ++j) gather_outlier<Input>(args, token, j);
+    for (int j = 0; j < args.outliers; ++j) gather_outlier<Input, Gated>(args, token, j);
     for (int block = 0; block < padded_blocks<F>(args.k); ++block)
-      quantize_block<Input, F, Hadamard>(args, token, block);
+      quantize_block<Input, F, Hadamard, Gated>(args, token, block);
   }
 }
 

@@ -13,6 +13,7 @@ from quantkit.model.sites import Linear, Site
 from quantkit.pack.scheme import Scheme
 from quantkit.runtime.experts import QuantExperts
 from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.mlp import fuse
 from quantkit.runtime.site import PackedSite
 
 EXPERTS = "mlp.experts"  # where transformers keeps a block's fused experts
@@ -38,6 +39,7 @@ def replace_linears(model: Any, scheme: Scheme, dtype: torch.dtype) -> int:
                 module = _quant_linear(linear, dtype, shared)
                 setattr(model.get_submodule(parent), name, module)
                 replaced += 1
+        fuse(model.get_submodule(f"model.layers.{layer}"))
     if not replaced:
         raise InputRejected("the packed checkpoint's configuration matches no linear of the model")
     return replaced

@@ -42,9 +42,7 @@ class PackedSite:
 
     def compute(self, member: QuantLinear, x: Tensor) -> Tensor:
         """The output of one member, x [.., in] -> [.., out]."""
-        if self._chosen_for != (x.device, x.dtype):
-            self.choose(x.device, x.dtype)
-        kernel = self._kernel
+        kernel = self.kernel(x)
         if kernel is None:
             weight, channels = member.operands(reference.compute_dtype(x.dtype))
             operand = self._shared(member, x, lambda x: self._operand(member, x, channels))
@@ -52,6 +50,12 @@ class PackedSite:
         output = self._shared(member, x, lambda x: kernel(x.reshape(-1, x.shape[-1])))
         part = output[:, member.first_row : member.first_row + member.out_features]
         return part.reshape(*x.shape[:-1], member.out_features)
+
+    def kernel(self, x: Tensor) -> nn.Module | None:
+        """What computes all members on the device and in the dtype of x; None: the reference."""
+        if self._chosen_for != (x.device, x.dtype):
+            self.choose(x.device, x.dtype)
+        return self._kernel
 
     def forget(self) -> None:
         """Choose again on the next use (the members' tensors moved or changed)."""

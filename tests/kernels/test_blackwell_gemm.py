@@ -34,10 +34,10 @@ def test_the_generated_text_is_one_instantiation() -> None:
 
 
 def test_the_quantizers_text_is_one_instantiation() -> None:
-    source = generate.quantize_act("sm_120a", "nvfp4", "fp16", rotate=False)
+    source = generate.quantize_act("sm_120a", "nvfp4", "fp16", rotate=False, gated=True)
     assert source.text == (
         '#include "sm1xx_quantize_act.cuh"\n'
-        "QUANTKIT_EXPORT_QUANTIZE(__half, quantkit::Format::nvfp4, false)\n"
+        "QUANTKIT_EXPORT_QUANTIZE(__half, quantkit::Format::nvfp4, false, true)\n"
     )
 
 
@@ -83,7 +83,9 @@ def test_it_compiles_to_block_scaled_mma(
 
 def test_no_tokens_need_no_device() -> None:
     x = torch.empty(0, 64, dtype=torch.bfloat16)
-    codes, scales, _ = blackwell.quantize_activations(x, "mxfp4", "even", False, None, None, None)
+    codes, scales, _ = blackwell.quantize_activations(
+        x, "mxfp4", "even", False, False, None, None, None
+    )
     weight = torch.zeros(16, 32, dtype=torch.uint8)
     y = blackwell.gemm(codes, scales, None, weight, scales, None, None, None, 0, x.dtype)
     assert y.shape == (0, 16)

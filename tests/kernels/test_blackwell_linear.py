@@ -23,12 +23,16 @@ def quantize(
     activations: str,
     rule: str,
     rotate: bool,
+    gated: bool,
     index: Tensor | None,
     mask: Tensor | None,
     divisor: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What sm1xx_quantize_act.cuh computes (its bytes are compared elsewhere)."""
     gathered = x.new_zeros(len(x), 0)
+    if gated:
+        gate, up = x.chunk(2, dim=1)
+        x = torch.nn.functional.silu(gate) * up
     rest = x
     if index is not None:
         assert mask is not None
@@ -187,7 +191,7 @@ def test_fake_kernels_have_the_real_shapes(activations: str) -> None:
     with FakeTensorMode():
         x = torch.empty(7, WIDTH, dtype=torch.bfloat16)
         index = torch.empty(16, dtype=torch.int32)
-        codes, scales, gathered = real(x, activations, "even", False, index, None, None)
+        codes, scales, gathered = real(x, activations, "even", False, False, index, None, None)
         weight = torch.empty(24, WIDTH // 2, dtype=torch.uint8)
         y = product(codes, scales, None, weight, scales, None, None, None, 0, torch.float16)
     assert codes.shape == (7, WIDTH if activations == "mxfp8" else WIDTH // 2)

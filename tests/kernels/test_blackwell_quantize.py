@@ -40,17 +40,26 @@ def activations(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def run(
-    x: Tensor, fmt: str, rule: str, rotate: bool, index: Tensor | None, divisor: Tensor | None
+    x: Tensor,
+    fmt: str,
+    rule: str,
+    rotate: bool,
+    index: Tensor | None,
+    divisor: Tensor | None,
+    gated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = next(name for name, torch_type in DTYPES.items() if torch_type == x.dtype)
-    source = generate.quantize_act("sm_100a", fmt, dtype, rotate)
+    source = generate.quantize_act("sm_100a", fmt, dtype, rotate, gated)
     library = jit.load(source.text, source.name, source.arch)
-    mask = None if index is None else blackwell.channel_mask(index, x.shape[1])
-    codes, scales, gathered = blackwell._allocate(x, fmt, index)
+    width = x.shape[1] // 2 if gated else x.shape[1]
+    mask = None if index is None else blackwell.channel_mask(index, width)
+    codes, scales, gathered = blackwell._allocate(x, fmt, index, gated)
     scales.fill_(0xAA)  # padding the kernel must not forget
-    args = blackwell.quantize_arguments(x, rule, fmt, index, mask, divisor, codes, scales, gathered)
+    args = blackwell.quantize_arguments(
+        x, rule, fmt, gated, index, mask, divisor, codes, scales, gathered
+    )
     library.run_on_host(ctypes.byref(args))
-    blocks = x.shape[1] // blackwell.BLOCK[fmt]
+    blocks = width // blackwell.BLOCK[fmt]
     tiles = scales.view(-1, -(-blocks // 4), 512)
     padded = from_tiles(tiles, len(x), -(-blocks // 4) * 4)
     assert not padded[:, blocks:].any(), "scales of padded columns are zero"
@@ -120,6 +129,32 @@ def test_rotation_in_blocks_of_32() -> None:
     torch.testing.assert_close(rotated, hadamard.rotate(x.float(), 32), rtol=1e-6, atol=1e-5)
 
 
+def test_swiglu_comes_first() -> None:
+    generator = torch.Generator().manual_seed(4)
+    # Where the gate is this large silu is the identity, and at zero it is zero: no exponential.
+    gate = torch.randint(0, 3, (5, 96), generator=generator) * 32.0
+    up = torch.randn(5, 96, generator=generator)
+    gate_up = torch.cat([gate, up], 1).to(torch.bfloat16)
+    product = gate_up[:, :96] * gate_up[:, 96:]
+    index = torch.tensor([2, 40, -1], dtype=torch.int32)
+    rest = product.index_fill(1, torch.tensor([2, 40]), 0)
+    codes, scales, gathered = run(gate_up, "mxfp4", "even", False, index, None, gated=True)
+    want = mxfp4.quantize(rest, "even")
+    assert_same_bytes(scales, want[1], "scales")
+    assert_same_bytes(codes, want[0], "codes")
+    assert torch.equal(gathered[:, :2], product[:, [2, 40]])
+
+
+def test_swiglu_is_rounded_as_two_kernels_would() -> None:
+    generator = torch.Generator().manual_seed(5)
+    gate, up = torch.randn(2, 64, 512, generator=generator).to(torch.bfloat16)
+    exact = gate.double().sigmoid().mul(gate.double()).to(torch.bfloat16)  # rounded once, correctly
+    want_codes, want_scales = mxfp4.quantize(exact * up, "even")
+    codes, scales, _ = run(torch.cat([gate, up], 1), "mxfp4", "even", False, None, None, gated=True)
+    assert_same_bytes(scales, want_scales, "scales")
+    assert_same_bytes(codes, want_codes, "codes")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("fmt", ["mxfp4", "mxfp8", "nvfp4"])
 def test_a_block_that_is_not_finite_is_marked_in_its_scale(fmt: str, bad: float) -> None:
@@ -159,6 +194,7 @@ def test_on_a_gpu_it_gives_the_bytes_of_the_host(fmt: str, tokens: int) -> None:
         x.cuda(),
         fmt,
         "even",
+        False,
         False,
         index.cuda(),
         mask.cuda(),

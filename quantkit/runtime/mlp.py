@@ -1,0 +1,52 @@
+"""A packed gated MLP: SwiGLU inside the down projection's activation kernel, where it has that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantkit.runtime.linear import QuantLinear
+
+PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class PackedMlp(nn.Module):
+    """Takes the place of a block's MLP with its children, named as they were.
+
+    `down(act(gate(x)) * up(x))`. When one kernel gives gate and up side by side and the next takes
+    them so (`gated`), the product never goes to memory.
+    """
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        for name, child in mlp.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., hidden] -> [.., hidden]."""
+        gate, up, down = (self.get_submodule(n) for n in ("gate_proj", "up_proj", "down_proj"))
+        assert isinstance(gate, QuantLinear)
+        assert isinstance(down, QuantLinear)
+        first: Any = gate.site.kernel(x)
+        second: Any = down.site.kernel(x)
+        if first is not None and second is not None and hasattr(second, "gated"):
+            y = second.gated(first(x.reshape(-1, x.shape[-1])))
+            return y.reshape(*x.shape[:-1], down.out_features)
+        return down(self.get_submodule("act_fn")(gate(x)) * up(x))
+
+
+def fuse(block: nn.Module, name: str = "mlp") -> None:
+    """Replace the MLP of a decoder block by a PackedMlp if it is one of gate, up, SiLU and down."""
+    mlp = getattr(block, name, None)
+    if not isinstance(mlp, nn.Module) or {n for n, _ in mlp.named_children()} != PARTS:
+        return
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    if (
+        isinstance(gate, QuantLinear)
+        and isinstance(down, QuantLinear)
+        and gate.site.members == [gate, up]
+        and down.site.members == [down]
+        and isinstance(mlp.act_fn, nn.SiLU)
+    ):
+        setattr(block, name, PackedMlp(mlp))
