@@ -22,7 +22,7 @@ from quantkit.checkpoint import manifest as manifests
 from quantkit.checkpoint.header import TensorInfo, read_header
 from quantkit.checkpoint.manifest import Manifest
 from quantkit.checkpoint.safety import inside, open_regular, plain_name, read_json, refuse_pickle
-from quantkit.errors import InputRejected
+from quantkit.errors import InputRejected, QuantkitError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -155,12 +155,12 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def read_into(descriptor: int, start: int, target: memoryview, path: Path) -> None:
-    """Fill `target` with the bytes of a file from `start` on; InputRejected when it ends early."""
+    """Fill `target` with the bytes of a file from `start` on; QuantkitError when it ends early."""
     done = 0
     while done < len(target):
         count = os.preadv(descriptor, [target[done : done + 2**30]], start + done)
         if count == 0:
-            raise InputRejected(f"{path}: became shorter while it was read")
+            raise QuantkitError(f"{path}: became shorter while it was read")
         done += count
 
 

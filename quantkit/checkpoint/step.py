@@ -30,10 +30,11 @@ from typing import Any
 
 from quantkit import __version__, console
 from quantkit.checkpoint import workspace
+from quantkit.checkpoint.claim import check_output
 from quantkit.checkpoint.manifest import Step
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.source import resolve
-from quantkit.checkpoint.writer import DEFAULT_SHARD_SIZE, CheckpointWriter, check_output
+from quantkit.checkpoint.writer import DEFAULT_SHARD_SIZE, CheckpointWriter
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ ends with the same bytes as if it had never stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -29,11 +28,12 @@ import torch
 from quantkit.checkpoint import journal as journals
 from quantkit.checkpoint import manifest as manifests
 from quantkit.checkpoint.assemble import carry_files, copy_tree, place
+from quantkit.checkpoint.claim import check_output, difference, lock_folder
 from quantkit.checkpoint.journal import sync_folder
 from quantkit.checkpoint.manifest import Manifest, Step, combine_digests
 from quantkit.checkpoint.reader import INDEX, SINGLE, Checkpoint, tensor_bytes
 from quantkit.checkpoint.streams import Incoming, Streams
-from quantkit.errors import QuantkitError, UsageError
+from quantkit.errors import InputRejected, UsageError
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 
@@ -73,7 +73,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         check_output(self.output, self.source.path, self._overwrite)
-        self._lock = _locked_folder(self.partial)
+        self._lock = lock_folder(self.partial)
         try:
             self._settle_overwrite()
             self._streams = self._open_streams()
@@ -102,7 +102,7 @@ class CheckpointWriter:
         if journal is not None and journal.head != head:
             journal.close()
             raise UsageError(
-                f"{self.partial} was begun by a different run ({_difference(journal.head, head)})",
+                f"{self.partial} was begun by a different run ({difference(journal.head, head)})",
                 "repeat that run to continue it, or give --restart to discard it",
             )
         if journal is None:
@@ -121,16 +121,34 @@ class CheckpointWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if not self._published:
-                self._streams.flush()
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(self.partial)  # a full disk is named by its one line
+            if not self._published and not self._useless(error):
+                self._streams.flush()
         except OSError:
             if error is None:
                 raise
         finally:
             self._streams.close()
+            if not self._published and self._useless(error):
+                self._clear()
             os.close(self._lock)
+
+    def _useless(self, error: BaseException | None) -> bool:
+        """Whether nothing is worth continuing: the input was refused, or nothing was done yet."""
+        if (self.partial / "replaced").exists():
+            return False  # the only copy of the old output may be in there
+        if isinstance(error, InputRejected | UsageError):
+            return True
+        return self.finished == 0 and not any(self.scratch.iterdir())
+
+    def _clear(self) -> None:
+        """Remove the unfinished output."""
+        # First the journal: what a kill leaves of the rest must not look like finished work.
+        (self.partial / "journal").unlink(missing_ok=True)
+        if (self.partial / "replaced").exists():
+            _discard(self.partial / "replaced")
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     @property
     def finished(self) -> int:
@@ -305,62 +323,25 @@ class CheckpointWriter:
                 finally:
                     os.close(descriptor)
             sync_folder(Path(folder))
+        replaced = self.partial / "replaced"
         if self.output.exists():
-            self.output.rename(self.partial / "replaced")
-        whole.rename(self.output)
+            self.output.rename(replaced)
+        try:
+            whole.rename(self.output)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(self.output)
+            raise
         self._published = True
         try:
             sync_folder(self.output.parent)
         finally:
-            # First the journal: what a kill leaves of the rest must not look like finished work.
-            (self.partial / "journal").unlink()
-            if (self.partial / "replaced").exists():
-                _discard(self.partial / "replaced")
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._clear()
 
 
 def _incoming(name: str, data: torch.Tensor) -> Incoming:
     view = tensor_bytes(data)
     return Incoming(name, data.dtype, tuple(data.shape), len(view), [view], len(view) % 8 != 0)
-
-
-def check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Raise UsageError when `output` exists (without overwrite) or is mixed up with the input."""
-    here, there = output.resolve(), source.resolve()
-    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
-        raise UsageError(
-            f"{output}: the output cannot be the input or lie inside it",
-            "a step never changes files in place: give another output with -o",
-        )
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UsageError(f"{output}: exists and is not a folder", "give another output with -o")
-    if output.exists() and not overwrite:
-        raise UsageError(
-            f"{output}: exists already", "give --overwrite to replace it, or another -o"
-        )
-
-
-def _locked_folder(partial: Path) -> int:
-    """Create the folder and hold its lock; QuantkitError when another run does."""
-    while True:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            lock = os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            continue  # another run finished and removed the folder in between
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise QuantkitError(
-                f"{partial}: another run is writing this output", "wait for it, or give another -o"
-            ) from None
-        try:
-            if os.fstat(lock).st_ino == (partial / "lock").stat().st_ino:
-                return lock
-        except FileNotFoundError:
-            pass
-        os.close(lock)  # we locked a file that is no longer the lock
 
 
 def _discard(folder: Path) -> None:
@@ -370,29 +351,6 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(trash)
     folder.rename(trash)
     shutil.rmtree(trash)
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Name what differs between two fingerprints: `scheme: 'osc', now 'mxfp4'`."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {k: v for key in value for k, v in flat(value[key], f"{prefix}.{key}").items()}
-
-    before, after = flat(old), flat(new)
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    shown = [
-        f"{name.removeprefix('.fingerprint').lstrip('.')} was {_brief(before.get(name))}, "
-        f"now {_brief(after.get(name))}"
-        for name in names[:4]
-    ]
-    return "; ".join(shown) + ("; ..." if len(names) > 4 else "")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _header_room(tensors: int) -> int:
