@@ -1,0 +1,143 @@
+"""Packed models on a GPU: kernels against the reference, CUDA graphs, torch.compile, generate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantkit.formats import mxfp4
+from quantkit.kernels import capability, dispatch
+from quantkit.pack.layout import index_tensor
+from quantkit.pack.scheme import build
+from quantkit.runtime.convert import replace_linears
+from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.site import prepare
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.gpu
+GROUP = 32
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
+    dispatch.forget()
+    gpu = dispatch.capability(torch.device("cuda"))
+    if isinstance(found := capability.find("mxfp4", "mxfp4", "bf16", gpu), str):
+        pytest.skip(found)
+
+
+def packed_model(branch: bool) -> Any:
+    """A small Qwen3 with MXFP4 linears, one channel of each 32 in the branch or none."""
+    model = tiny_model("qwen3", hidden_size=256, intermediate_size=512, head_dim=64)
+    model = model.to(torch.bfloat16)
+    weights = {name: module.weight.data for name, module in model.named_modules() if "proj" in name}
+    scheme = build("osc", group=GROUP, mlp_out="mxfp4") if branch else build("mxfp4")
+    columns = {"attn_in": 16, "attn_out": 16, "mlp_in": 16, "mlp_out": 16}
+    sites = {
+        kind: replace(fmt, outliers=columns[kind]) if fmt.branch else fmt
+        for kind, fmt in scheme.sites.items()
+    }
+    replace_linears(model, replace(scheme, sites=sites), torch.bfloat16)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            fill(module, weights[name].float())
+    return model.cuda().eval()
+
+
+def fill(module: QuantLinear, weight: Tensor) -> None:
+    """Pack `weight` into a linear on the meta device."""
+    tensors: dict[str, Tensor] = {}
+    if module.format.branch:
+        channels = torch.arange(3, weight.shape[1], GROUP)
+        branch = weight.new_zeros(len(weight), module.format.outliers)
+        branch[:, : len(channels)] = weight[:, channels]
+        weight = weight.index_fill(1, channels, 0)
+        tensors["outlier_weight"] = branch.to(torch.bfloat16)
+        tensors["outlier_index"] = index_tensor(channels, module.format.outliers)
+    tensors["weight_packed"], tensors["weight_scale"] = mxfp4.quantize(weight, "even")
+    assert set(tensors) == set(module.packed_names)
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor)
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 256, (batch, length), generator=generator).cuda()
+
+
+@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (4, 200)])
+def test_kernels_agree_with_the_reference(
+    branch: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed_model(branch)
+    ids = tokens(*shape)
+    with torch.no_grad():
+        got = model(ids).logits.float()
+        assert "reference" not in dispatch.summary(), dispatch.report()
+        monkeypatch.setenv("QUANTKIT_KERNEL", "reference")
+        dispatch.forget()
+        want = packed_model(branch)(ids).logits.float()
+        assert set(dispatch.summary()) == {"reference"}
+    # Rounding of sums differs by an ulp of bfloat16, which moves a few activations to another code.
+    difference = (got - want).norm() / want.norm()
+    assert difference < 0.02, difference
+
+
+def test_a_cuda_graph_replays_the_same_bits() -> None:
+    model = packed_model(branch=True)
+    ids = tokens(2, 1)
+    with torch.no_grad():
+        for _ in range(2):
+            want = model(ids, use_cache=False).logits.clone()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model(ids, use_cache=False).logits
+        got.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(got, want)
+        ids.copy_(ids.flip(0))
+        graph.replay()
+        assert torch.equal(got, model(ids, use_cache=False).logits)
+
+
+def test_torch_compile_with_cuda_graphs() -> None:
+    model = packed_model(branch=True)
+    ids = tokens(2, 1)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits.float()
+        compiled = torch.compile(model, mode="reduce-overhead")
+        for _ in range(4):
+            got = compiled(ids, use_cache=False).logits.float().clone()
+    assert (got - want).norm() / want.norm() < 0.02
+
+
+def test_generate_with_a_static_cache() -> None:
+    model = packed_model(branch=True)
+    ids = tokens(2, 8)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        eager = model.generate(ids, attention_mask=mask, **options)
+        static = model.generate(ids, attention_mask=mask, cache_implementation="static", **options)
+    assert static.shape == eager.shape == (2, 20)
+    assert torch.equal(static[:, :9], eager[:, :9]), "the first token comes from the same prefill"
+    assert "reference" not in dispatch.summary()
+
+
+def test_the_packed_tensors_leave_the_gpu() -> None:
+    model = packed_model(branch=False)
+    stored = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    size = sum(tensor.nbytes for module in stored for tensor in module.packed().values())
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    prepare(model, torch.bfloat16)
+    assert all(tensor.is_cpu for module in stored for tensor in module.packed().values())
+    assert torch.cuda.memory_allocated() - before < size, "the layout is not a second copy"
