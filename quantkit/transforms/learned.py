@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.transforms.scales import Problem, centred
 from quantkit.transforms.simulate import straight_through
+
+TILE = {"cpu": 1 << 18}  # elements worked on at a time: what the cache holds; else a whole batch
+LEAST_GAIN = 5e-4  # relative; smaller improvements of the held error do not count
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Training:
     warmup: int = 5
     patience: int = 80
     check_every: int = 20
+    trial: int = 60  # steps that choose among several starts
     batch: int = 1024  # tokens a step
     seed: int = 0
 
@@ -37,19 +41,26 @@ class Learned:
 
 
 def learn(problem: Problem, starts: dict[str, Tensor | None], training: Training) -> Learned:
-    """Train from every start (None means s = 1) and keep the best scale on the held tokens.
+    """Train from the start that does best in a short trial; keep the best scale ever met.
 
-    The starts themselves stay candidates, and s = 1 always is one: the result is never worse than
-    doing nothing on the held tokens.
+    `starts` by name (None means s = 1). The starts, what the trials made of them, and s = 1 all
+    stay candidates: on the held tokens the result is never worse than doing nothing.
     """
     candidates: dict[str, Tensor | None] = {"none": None, **starts}
     errors = {name: problem.error(scale) for name, scale in candidates.items()}
-    taken = 0
-    for name, start in starts.items():
-        scale, steps = descend(problem, start, training)
-        taken += steps
-        candidates[f"{name}+learned"] = scale
-        errors[f"{name}+learned"] = problem.error(scale)
+
+    def attempt(name: str, start: Tensor | None, plan: Training) -> int:
+        candidates[name], steps = descend(problem, start, plan)
+        errors[name] = problem.error(candidates[name])
+        return steps
+
+    trial = replace(training, steps=min(training.trial, training.steps))
+    taken, names = 0, list(starts)
+    if len(starts) > 1:
+        for name in names:
+            taken += attempt(f"{name}+trial", starts[name], trial)
+        names.sort(key=lambda name: errors[f"{name}+trial"])
+    taken += attempt(f"{names[0]}+learned", starts[names[0]], training)
     best = min(errors, key=lambda name: errors[name])
     return Learned(candidates[best], errors[best], best, errors, taken)
 
@@ -57,7 +68,7 @@ def learn(problem: Problem, starts: dict[str, Tensor | None], training: Training
 def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple[Tensor, int]:
     """One run of AdamW with a cosine schedule; returns the best scale seen and the steps taken.
 
-    The loss is the relative output error of a batch of the fitted tokens; the held tokens decide
+    The loss is the squared output error of a batch of the fitted tokens; the held tokens decide
     which step is kept and when to stop. theta is centred and clamped after every step.
     """
     x, w, tie = problem.x, problem.w, problem.tie
@@ -65,7 +76,6 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
     initial = torch.zeros(x.shape[1], device=x.device) if start is None else start.log().float()
     theta = _fold(initial, tie).clone().requires_grad_()
     optimizer = torch.optim.AdamW([theta], lr=training.learning_rate, weight_decay=0.0)
-    half = w.bfloat16()
 
     best_theta, best_error, best_step = theta.detach().clone(), math.inf, 0
     for step in range(training.steps + 1):
@@ -73,36 +83,36 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
             scale = _unfold(theta.detach(), tie).exp()
             error = problem.error(scale, tokens=4 * training.batch)
             kept = problem.kept(scale)
-            if error < best_error:
+            if error < (1 - LEAST_GAIN) * best_error:
                 best_theta, best_error, best_step = theta.detach().clone(), error, step
             if step - best_step >= training.patience or step == training.steps:
                 break
         rows = torch.randint(len(x), (min(training.batch, len(x)),), generator=generator)
-        part = x[rows.to(x.device)].float()
-        loss = _loss(part, w, part.bfloat16() @ half.T, _unfold(theta, tie), problem, kept)
         optimizer.param_groups[0]["lr"] = training.learning_rate * _schedule(step, training)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        _accumulate(x[rows.to(x.device)], w, theta, problem, kept)
         optimizer.step()
         with torch.no_grad():
             theta.copy_(centred(theta))
     return _unfold(best_theta, tie).exp(), step
 
 
-def _loss(
-    x: Tensor, w: Tensor, y: Tensor, log_s: Tensor, problem: Problem, kept: Tensor | None
-) -> Tensor:
+def _accumulate(x: Tensor, w: Tensor, theta: Tensor, problem: Problem, kept: Tensor | None) -> None:
+    """Add the gradient of the squared error over tokens x to theta's, a tile of them at a time."""
     # NOTE: the products run in bfloat16, whose rounding (2^-9) is small next to that of four bits
     # and only perturbs the gradient; the errors that choose a scale are computed in float32.
-    sim = problem.simulation
-    size = y.float().norm().clamp_min(1e-30)
-    if kept is not None:  # what the branch computes exactly is no part of the error
-        x, w = x * kept, w * kept
-        y = x.bfloat16() @ w.bfloat16().T
-    x_hat = straight_through(sim.transform(x * (-log_s).exp()), sim.activations, sim.rule)
-    w_hat = straight_through(sim.transform(w * log_s.exp()), sim.weights, sim.rule)
-    rounded = x_hat.bfloat16() @ w_hat.bfloat16().T
-    return (rounded.float() - y.float()).norm() / size
+    sim, log_s = problem.simulation, _unfold(theta, problem.tie)
+    rest = w if kept is None else w * kept  # the branch is exact: no part of the error
+    half = rest.bfloat16()
+    w_hat = straight_through(sim.transform(rest * log_s.exp()), sim.weights, sim.rule).bfloat16()
+    leaf = w_hat.detach().requires_grad_()
+    inverse = (-log_s).exp() if kept is None else (-log_s).exp() * kept
+    shrink = inverse.detach().requires_grad_()
+    for part in x.split(max(TILE.get(x.device.type, len(x) * w.shape[1]) // w.shape[1], 32)):
+        x_hat = straight_through(sim.transform(part.float() * shrink), sim.activations, sim.rule)
+        exact = part.bfloat16() @ half.T
+        (x_hat.bfloat16() @ leaf.T - exact).float().square().sum().backward()
+    torch.autograd.backward([w_hat, inverse], [leaf.grad, shrink.grad])
 
 
 def _schedule(step: int, training: Training) -> float:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ LIMIT = 6.0  # |log s|, after centring
 ALPHAS = tuple(0.25 + 0.025 * i for i in range(21))
 # 15 quantiles whose distance from 1 is log-spaced, and 1 itself.
 QUANTILES = (*(1 - 0.05 * (0.002 ** (i / 14)) for i in range(15)), 1.0)
+SEARCHING = 2048  # held tokens that rank the grid; all of them judge its best
 SEPARATING = 2048  # tokens that decide which channels a plan would take
 BEST = 5  # alphas and quantiles that meet in the joint search
 
@@ -150,17 +151,15 @@ def search(
     def attempt(alpha: float, q: float) -> Candidate:
         magnitude = top if q == 1 else floored_quantile(table[q], top)
         scale = problem.rule(magnitude, alpha)
-        return Candidate(scale, problem.error(scale), alpha, q)
+        return Candidate(scale, problem.error(scale, SEARCHING), alpha, q)
 
-    none = Candidate(None, problem.error(None))
     by_alpha = sorted((attempt(alpha, 1.0) for alpha in alphas), key=lambda c: c.error)
     by_quantile = sorted((attempt(0.5, q) for q in quantiles), key=lambda c: c.error)
     best_alphas = {c.alpha for c in by_alpha[:BEST]}
     best_quantiles = {c.quantile for c in by_quantile[:BEST]} | {1.0}
     joint = [attempt(a, q) for a in best_alphas for q in best_quantiles if a and q]
-    return {
-        "none": none,
-        "alpha": by_alpha[0],
-        "quantile": by_quantile[0],
-        "joint": min([*joint, by_alpha[0], by_quantile[0]], key=lambda c: c.error),
-    }
+    best = {"none": Candidate(None, 0.0), "alpha": by_alpha[0], "quantile": by_quantile[0]}
+    best["joint"] = min([*joint, by_alpha[0], by_quantile[0]], key=lambda c: c.error)
+    judged = {k: replace(c, error=problem.error(c.scale)) for k, c in best.items()}
+    judged["joint"] = min(list(judged.values())[1:], key=lambda c: c.error)
+    return judged

@@ -97,12 +97,13 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rounded = ctx.saved_tensors
         blocks = x.unflatten(-1, (-1, ctx.group))
-        index = blocks.abs().argmax(-1, keepdim=True)
-        largest = blocks.gather(-1, index)
+        magnitude = blocks.abs()
+        top = magnitude.amax(-1, keepdim=True)
         pull = ((rounded - x) * grad).unflatten(-1, (-1, ctx.group)).sum(-1, keepdim=True)
-        pull = torch.where(largest == 0, 0, pull / largest)
-        grad = grad.unflatten(-1, (-1, ctx.group)).scatter_add(-1, index, pull)
-        return grad.flatten(-2), None, None
+        pull = torch.where(top == 0, 0, pull / top)
+        # To the largest magnitude of each group (both, where two are equal).
+        share = (magnitude == top) * blocks.sign() * pull
+        return grad + share.flatten(-2), None, None
 
 
 def output_error(

@@ -25,6 +25,9 @@ from quantkit.errors import InputRejected, UsageError
 from quantkit.model.block import BlockRunner
 from quantkit.model.families import describe
 from quantkit.model.sites import ModelLayout, read_weight
+from quantkit.outliers.choose import choose
+from quantkit.outliers.plan import FILE as PLAN
+from quantkit.outliers.plan import load_plan
 from quantkit.transforms.decide import Method, decide
 from quantkit.transforms.equivalence import difference, logits
 from quantkit.transforms.learned import Training
@@ -127,21 +130,19 @@ def test_statistics_follow_the_scales(tmp_path: Path) -> None:
 def test_a_plan_made_before_smoothing_is_left_out_and_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    choose = pytest.importorskip("quantkit.outliers.choose").choose
-    plans = pytest.importorskip("quantkit.outliers.plan")
 
     source = save_tiny(tmp_path / "model")
     before = calibrated(source, tmp_path / "calibrated", token_file(tmp_path))
     checkpoint = open_checkpoint(before)
     layout = describe(checkpoint.config, checkpoint.tensors)
     plan = choose(checkpoint, layout.sites, group=32, criterion="mode").encode()
-    (before / plans.FILE).write_bytes(plan)
+    (before / PLAN).write_bytes(plan)
     output = run(before, tmp_path / "out", method=_unchecked())
     assert "separate-outliers again" in capsys.readouterr().err
-    assert not (output / plans.FILE).exists()
-    (output / plans.FILE).write_bytes(plan)
+    assert not (output / PLAN).exists()
+    (output / PLAN).write_bytes(plan)
     with pytest.raises(InputRejected, match="other weights"):
-        plans.load_plan(open_checkpoint(output))
+        load_plan(open_checkpoint(output))
 
 
 def _unchecked() -> Method:
