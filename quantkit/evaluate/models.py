@@ -31,9 +31,12 @@ class Subject:
     def model(self) -> Any:
         """The transformers model, in evaluation mode; loaded once."""
         if self._model is None:
+            from transformers.utils import logging
+
             from quantkit.kernels import dispatch
             from quantkit.runtime.load import load
 
+            logging.disable_progress_bar()
             dispatch.forget()  # what ran the model before this one
             self._model = load(self.path, device=self.device)
         return self._model
@@ -65,14 +68,10 @@ class Subject:
         return user_cache("evaluate") / self.identity()[:32] / name
 
     def kernels(self) -> dict[str, int]:
-        """Kernel -> packed linears (or sites) it ran; nothing for a model that was not loaded."""
+        """Kernel -> sites it ran; nothing for a model that was not loaded."""
         from quantkit.kernels import dispatch
-        from quantkit.runtime.linear import QuantLinear
 
-        if self._model is None:
-            return {}
-        packed = sum(isinstance(module, QuantLinear) for module in self._model.modules())
-        return dispatch.summary() or ({dispatch.REFERENCE: packed} if packed else {})
+        return dispatch.summary() if self._model is not None else {}
 
 
 def choose_device(asked: str) -> str:

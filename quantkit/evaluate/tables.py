@@ -10,7 +10,7 @@ from quantkit.evaluate import scores
 
 def as_text(report: dict[str, Any]) -> str:
     """The report as tables."""
-    kernels = ", ".join(f"{name} ({n} linears)" for name, n in report["kernels"].items())
+    kernels = ", ".join(f"{name} ({n} sites)" for name, n in report["kernels"].items())
     ran = kernels or "none was needed (answers of an earlier run)"
     lines = [
         f"{report['checkpoint']}: {report['scheme']}, "
