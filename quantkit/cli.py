@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from quantkit import __version__, console
-from quantkit.errors import QuantkitError
+from quantkit.errors import Interrupted, QuantkitError
 
 # Idle OpenMP threads sleep: on a machine that does anything else, spinning ones cost several times
 # the work. Read when torch is first imported.
@@ -64,12 +66,26 @@ def _examples(examples: tuple[tuple[str, str], ...]) -> str | None:
     return "\n\n".join(["Examples:", *(f"{line}  # {what}" for line, what in examples)])
 
 
+def _interruptible(run: Callable[..., None]) -> Callable[..., None]:
+    """Say what an interrupt means: typer would leave with its code and no word."""
+
+    @functools.wraps(run)
+    def inner(*args: Any, **kwargs: Any) -> None:
+        try:
+            run(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted", "run the same command again to continue") from error
+
+    return inner
+
+
 for _verb, _module in COMMANDS:
     _command = importlib.import_module(f"quantkit.commands.{_module}")
     if hasattr(_command, "app"):
         app.add_typer(_command.app, name=_verb)
     else:
-        app.command(_verb, epilog=_examples(getattr(_command, "EXAMPLES", ())))(_command.run)
+        _epilog = _examples(getattr(_command, "EXAMPLES", ()))
+        app.command(_verb, epilog=_epilog)(_interruptible(_command.run))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -78,8 +94,6 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except QuantkitError as error:
         _fail(error.message, error.hint, error.exit_code, error)
-    except KeyboardInterrupt as error:
-        _fail("interrupted", "run the same command again to continue", 130, error)
     except OSError as error:
         hint = None
         if error.errno == errno.ENOSPC:

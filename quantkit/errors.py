@@ -35,3 +35,9 @@ class BelowGate(QuantkitError):
     """A result fell below the gate set by `--fail-under` (exit code 4)."""
 
     exit_code = 4
+
+
+class Interrupted(QuantkitError):
+    """The user ended the run (exit code 130)."""
+
+    exit_code = 130
