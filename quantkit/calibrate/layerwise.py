@@ -30,7 +30,7 @@ from quantkit.model.sites import ModelLayout, Site
 
 ALPHA = 5.0  # threshold of an outlier, in means of |x| (OSC, section 3)
 MAX_TAIL = 1024  # largest |x| kept per channel, whatever the number of tokens
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
