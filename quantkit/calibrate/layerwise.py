@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from quantkit import console
 from quantkit.calibrate import store
@@ -68,25 +69,11 @@ def calibrate(checkpoint: str | Path | None, options: Options, target: Target) -
     result. Raises UsageError, InputRejected (bad weights, data or activations) or QuantkitError.
     """
     with joined() as ranks:
-        device = choose_device(options.device, ranks)
         source = open_source(checkpoint)
-        if "quantization_config" in source.config:
-            raise InputRejected(
-                f"{source.path}: is quantized already", "calibrate the checkpoint it was made from"
-            )
-        layout = describe(source.config, source.tensors)
-        dtype = _compute_dtype(options.dtype, source, layout, device)
         if ranks.first:
             output_of(source, "calibrated", target)  # refuse before the data is read
-        tokens = load_tokens(
-            options.data,
-            source.path,
-            samples=options.samples,
-            seq_len=options.seq_len,
-            seed=options.seed,
-        )
-        console.note(f"data: {tokens.description}")
-        run = _Run(source, layout, tokens, options, device, dtype, ranks)
+        run = prepare(source, options, ranks)
+        console.note(f"data: {run.tokens.description}")
         if not ranks.first:
             order = ranks.broadcast()
             if order is None:
@@ -101,7 +88,26 @@ def calibrate(checkpoint: str | Path | None, options: Options, target: Target) -
             raise
 
 
-def _write(run: _Run, target: Target) -> Result:
+def prepare(source: Checkpoint, options: Options, ranks: Ranks) -> Run:
+    """Check what is asked for and read the data; nothing is computed or written yet."""
+    device = choose_device(options.device, ranks)
+    if "quantization_config" in source.config:
+        raise InputRejected(
+            f"{source.path}: is quantized already", "calibrate the checkpoint it was made from"
+        )
+    layout = describe(source.config, source.tensors)
+    dtype = _compute_dtype(options.dtype, source, layout, device)
+    tokens = load_tokens(
+        options.data,
+        source.path,
+        samples=options.samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+    )
+    return Run(source, layout, tokens, options, device, dtype, ranks)
+
+
+def _write(run: Run, target: Target) -> Result:
     options, tokens = run.options, run.tokens
     recorded = {
         "data": options.data,
@@ -146,7 +152,7 @@ def _write(run: _Run, target: Target) -> Result:
     return Result(output, statistics, run.layout, tokens.description, starved)
 
 
-class _Run:
+class Run:
     """One calibration: what it works on, and the loop over the blocks."""
 
     def __init__(
@@ -203,18 +209,11 @@ class _Run:
             runner.prefetch(i + 1)
         found: dict[str, SiteAccumulator] = {}
         scratch = Scratch()
-
-        def watch(site: Site, x: torch.Tensor) -> None:
-            if site.key not in found:
-                found[site.key] = self._accumulator(site)
-            found[site.key].update(x, scratch)
-
         for b in self.mine:
             hidden = states.get(i, b).to(self.device)
-            out = runner.capture(block, i, hidden, watch, every_expert=self.options.every_expert)
-            states.put(i + 1, b, out)
+            states.put(i + 1, b, self.one_batch(runner, block, i, hidden, found, scratch))
         del block
-        state = self._measured(i, found)
+        state = self.measured(i, found)
         if self.ranks.first:
             write_durably(_layer_file(folder, i), save(state))
         last = i + 1 == self.layout.n_layers
@@ -225,11 +224,27 @@ class _Run:
             if self.ranks.first:
                 states.mark()
 
-    def _accumulator(self, site: Site) -> SiteAccumulator:
-        room = BATCH_TOKENS[self.device.type] // (1 if site.expert is None else 8)
-        return SiteAccumulator.empty(site.key, site.width, self.dtype, self.k, room)
+    def one_batch(
+        self,
+        runner: BlockRunner,
+        block: nn.Module,
+        i: int,
+        hidden: torch.Tensor,
+        found: dict[str, SiteAccumulator],
+        scratch: Scratch,
+    ) -> torch.Tensor:
+        """Run one batch through block `i`, measuring into `found`; gives the block's output."""
 
-    def _measured(self, i: int, found: Mapping[str, SiteAccumulator]) -> dict[str, torch.Tensor]:
+        def watch(site: Site, x: torch.Tensor) -> None:
+            if site.key not in found:
+                room = BATCH_TOKENS[self.device.type] // (1 if site.expert is None else 8)
+                empty = SiteAccumulator.empty(site.key, site.width, self.dtype, self.k, room)
+                found[site.key] = empty
+            found[site.key].update(x, scratch)
+
+        return runner.capture(block, i, hidden, watch, every_expert=self.options.every_expert)
+
+    def measured(self, i: int, found: Mapping[str, SiteAccumulator]) -> dict[str, torch.Tensor]:
         """Merge one block's statistics over the processes; the first gets them, by name."""
         parts = self.ranks.all_gather({key: acc.magnitude for key, acc in found.items()})
         hits: dict[str, Hits] = {}

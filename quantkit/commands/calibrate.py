@@ -42,6 +42,7 @@ def run(
     overwrite: common.Overwrite = False,
     restart: common.Restart = False,
     max_shard_size: common.MaxShardSize = "5GB",
+    dry_run: common.DryRun = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -67,6 +68,12 @@ def run(
         every_expert=all_experts,
         min_expert_tokens=min_expert_tokens,
     )
+    if dry_run:
+        from quantkit.calibrate.predict import describe_plan, predict
+
+        plan = predict(checkpoint, options, target)
+        console.result(plan, describe_plan(plan), plan["output"])
+        return
     result = calibrate(checkpoint, options, target)
     if result is not None:
         data_out, text = summarize(result)

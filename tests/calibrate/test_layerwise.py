@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.calibrate.layerwise import Options, calibrate
+from quantkit.calibrate.predict import predict
 from quantkit.calibrate.store import FILE, load_statistics
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.checkpoint.step import Target
@@ -261,3 +262,18 @@ def test_interrupt_leaves_a_run_to_continue() -> None:
         command("-o", "out"), env=environment(), capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr
+
+
+def test_dry_run_predicts_and_writes_nothing() -> None:
+    source = save_tiny(Path("model"), "llama")
+    before = {p.name for p in Path().iterdir()} | {"tokens.safetensors"}
+    plan = predict(source, options(), Target())
+    assert {p.name for p in Path().iterdir()} == before
+    assert plan["layers"] == 2
+    assert plan["sites"] == 8
+    assert plan["linears"] == 14
+    assert plan["output"].endswith("model-calibrated")
+    result = calibrate(source, options(), Target())
+    assert result is not None
+    written = (result.output / FILE).stat().st_size
+    assert plan["bytes_written"] == pytest.approx(written, rel=0.25)
