@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,8 @@ def test_every_example_of_the_help_works(
     for name in ("model-smoothed", "model-rotated"):  # outputs that some examples begin with
         if name in arguments:
             workspaces.copy(workspace.path / "model-calibrated", workspace.path / name)
+    for output in {"calibrate": ["model-calibrated"], "pack": ["model-osc"]}.get(verb, []):
+        shutil.rmtree(workspace.path / output)
     done = shell(verb, *arguments, *SHORTER.get(verb, ()))
     assert done.code in (0, 4 if "--fail-under" in line else 0), done.err
 

@@ -9,6 +9,14 @@ import typer
 from quantkit import console
 from quantkit.commands import common
 
+EXAMPLES = (
+    ("quantkit calibrate model/ --data wikitext", "on the training split of wikitext-2"),
+    (
+        "quantkit calibrate model/ --data sample --samples 16",
+        "on the text that is shipped",
+    ),
+)
+
 
 def run(
     checkpoint: common.Checkpoint = None,

@@ -5,6 +5,11 @@ from __future__ import annotations
 from quantkit import console
 from quantkit.commands.common import Checkpoint, Json, show
 
+EXAMPLES = (
+    ("quantkit inspect model-osc", "steps so far, formats, bits per weight"),
+    ("quantkit inspect model --json", "for a program"),
+)
+
 
 def run(checkpoint: Checkpoint = None, json: Json = False) -> None:
     """Show architecture, steps so far, format per site and true bits per weight."""

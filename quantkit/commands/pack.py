@@ -20,6 +20,14 @@ from quantkit.commands.common import (
     target_of,
 )
 
+EXAMPLES = (
+    ("quantkit pack model-calibrated", "osc: 4 bits with a 16-bit branch"),
+    ("quantkit pack model-calibrated --scheme nvfp4", "plain NVFP4, for other loaders too"),
+    ("quantkit pack model-calibrated --mlp-out mxfp4", "down_proj in 4 bits too"),
+    ("quantkit pack model-calibrated --scheme mxfp4 --site attn_in=bf16", "spare one kind of site"),
+    ("quantkit pack model-calibrated --dry-run", "what would be packed, and into how many bits"),
+)
+
 
 def run(
     checkpoint: Checkpoint = None,

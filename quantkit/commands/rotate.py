@@ -9,6 +9,14 @@ import typer
 from quantkit import console
 from quantkit.commands import common
 
+EXAMPLES = (
+    (
+        "quantkit rotate model --kind hadamard",
+        "residual and heads, folded into weights",
+    ),
+    ("quantkit rotate model --kind block --block 32", "a Hadamard of 32 before each block's scale"),
+)
+
 
 def run(
     checkpoint: common.Checkpoint = None,

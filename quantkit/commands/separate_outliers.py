@@ -18,6 +18,14 @@ from quantkit.commands.common import (
     target_of,
 )
 
+EXAMPLES = (
+    ("quantkit separate-outliers model-calibrated", "the OSC paper's choice, groups of 32"),
+    (
+        "quantkit separate-outliers model-calibrated --group 64 --criterion energy",
+        "by energy",
+    ),
+)
+
 
 def run(
     checkpoint: Checkpoint = None,

@@ -9,6 +9,14 @@ import typer
 from quantkit import console
 from quantkit.commands import common
 
+EXAMPLES = (
+    ("quantkit smooth model-calibrated --data sample", "search a scale for every site"),
+    (
+        "quantkit smooth model-calibrated --method max",
+        "SmoothQuant's rule",
+    ),
+)
+
 
 def run(
     checkpoint: common.Checkpoint = None,

@@ -20,7 +20,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
     The softmax runs in float32 whatever the type of the logits, a slice of rows at a time.
     """
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     losses = [
         torch.nn.functional.cross_entropy(
             flat[i : i + ROWS].float(), wanted[i : i + ROWS], reduction="none"
