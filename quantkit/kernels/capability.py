@@ -46,6 +46,17 @@ KERNELS: tuple[Kernel, ...] = (
     _blackwell("sm120", (12, 0), "mxfp4", "mxfp8"),
     _blackwell("sm120", (12, 0), "mxfp8", "mxfp8"),
     _blackwell("sm120", (12, 0), "nvfp4", "nvfp4"),
+    Kernel(
+        name="sm90 exact-fold",
+        capability=(9, 0),
+        arch="sm_90a",
+        weights="mxfp4",
+        activations="mxfp4",
+        branches=(None, "bf16", "fp8"),
+        module="sm90",
+        nvcc=(12, 3),
+        ran=True,
+    ),
 )
 
 GPUS = {(9, 0): "Hopper (H100, H200)", (10, 0): "Blackwell (B200)", (12, 0): "Blackwell (RTX)"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from quantkit.kernels import sm90_tiles
 from quantkit.kernels.capability import KERNELS, Kernel
 
 OUTPUTS = ("bf16", "fp16")
@@ -106,4 +107,12 @@ def _blockscaled_sources(kernel: Kernel) -> Iterator[Source]:
             yield blockscaled_gemm(kernel, tile, "bf16", branch)
 
 
-_FAMILIES = {"sm1xx_blockscaled": _blockscaled_sources}
+def _hopper_sources(kernel: Kernel) -> Iterator[Source]:
+    yield Source(sm90_tiles.activation_text("bf16"), "sm90_activation", kernel.arch)
+    for tile in sm90_tiles.TILES:
+        for branch in kernel.branches:
+            text = sm90_tiles.gemm_text(tile, kernel.weights, branch)
+            yield Source(text, "sm90_gemm", kernel.arch)
+
+
+_FAMILIES = {"sm1xx_blockscaled": _blockscaled_sources, "sm90": _hopper_sources}

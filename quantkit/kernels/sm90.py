@@ -1,0 +1,349 @@
+"""Packed linears on Hopper: MXFP4 x MXFP4 with block scales, exact, on the FP8 tensor cores.
+
+Weights stay 4-bit and are decoded in registers (`sm90_gemm.cuh`), activations are quantized by the
+checkpoint's rule and folded to FP8 (`sm90_activation.cuh`); the layout of both is `prepare`'s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import QuantkitError
+from quantkit.formats import e8m0
+from quantkit.formats.element import E2M1
+from quantkit.kernels import jit, sm90_tiles
+from quantkit.kernels.capability import Kernel
+from quantkit.kernels.prepare import BRANCH_COLUMNS, COLUMNS, ROWS, Prepared, prepare_mxfp4
+
+if TYPE_CHECKING:
+    from quantkit.kernels.dispatch import Work
+
+ARCH = "sm_90a"
+ROTATIONS = (32, 64, 128, 256, 512)  # of the online block Hadamard
+OUTPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # numbered as in sm90_epilogue.cuh
+
+
+class GemmArguments(ctypes.Structure):
+    """`Arguments` of `sm90_epilogue.cuh`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weights", "tokens", "rows", "token_scales")),
+        *((name, ctypes.c_void_p) for name in ("out", "partials", "flags")),
+        ("token_tile_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("m", "n", "row_blocks", "row_tiles", "token_tiles")),
+        *((name, ctypes.c_int) for name in ("bricks", "branch_bricks", "split", "ahead")),
+        ("out_type", ctypes.c_int),
+    )
+
+
+class ActivationArguments(ctypes.Structure):
+    """`ActivationArguments` of `sm90_activation.cuh`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "keep", "outlier_index", "tokens")),
+        ("token_scales", ctypes.c_void_p),
+        ("token_tile_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("m", "k", "tile", "bricks", "branch_columns")),
+        *((name, ctypes.c_int) for name in ("branch_fp8", "carry", "hadamard")),
+    )
+
+
+def refuse(kernel: Kernel, work: Work) -> str | None:
+    """Say why these shapes or options cannot run, None when they can."""
+    if work.width % 32:
+        return f"{kernel.name} needs a width that is a multiple of 32, not {work.width}"
+    if work.width > 65536:
+        return f"{kernel.name} takes at most 65536 input channels, not {work.width}"
+    if work.hadamard:
+        size = next(iter(work.hadamard.values()))
+        if size not in ROTATIONS:
+            return f"{kernel.name} rotates activations in blocks of 32 to 512, not {size}"
+    return None
+
+
+def prepare(kernel: Kernel, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> nn.Module:
+    """Stack the linears of a site in execution layout; compile what one token needs.
+
+    Raises MissingCompiler or CompileError here rather than in the first forward. Other tiles are
+    compiled when the first batch needs them.
+    """
+    dtype = "bf16" if work.dtype == torch.bfloat16 else "fp16"
+    jit.compile(sm90_tiles.activation_text(dtype), "sm90_activation", ARCH)
+    tile = sm90_tiles.plan(sum(work.outputs), work.width, 1).tile
+    jit.compile(sm90_tiles.gemm_text(tile, work.weights, work.branch), "sm90_gemm", ARCH)
+    layer = ExactFoldLinear(work, linears)
+    device = layer.weights_of(0).device
+    if device.type == "cuda":
+        # A GEMM fetches weights before the kernels in front of it are done (programmatic launch).
+        torch.cuda.synchronize(device)
+    return layer
+
+
+class ExactFoldLinear(nn.Module):
+    """Computes [M, sum(outputs)] of x [M, K]; buffers hold the execution layout."""
+
+    keep: Tensor | None
+    outlier_index: Tensor | None
+
+    def __init__(self, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> None:
+        super().__init__()
+        prepared = stack(work, linears)
+        self.weights, self.branch = work.weights, work.branch
+        self.width, self.outputs = work.width, prepared.out_features
+        self.carry = e8m0.carry(E2M1, work.rule)
+        self.hadamard = next(iter(work.hadamard.values())) if work.hadamard else 0
+        self.planes = len(prepared.planes)
+        for i, plane in enumerate(prepared.planes):
+            self.register_buffer(f"weights{i}", plane.weights, persistent=False)
+            self.register_buffer(f"rows{i}", plane.rows, persistent=False)
+            self.register_buffer(f"index{i}", plane.index, persistent=False)
+        keep = None
+        if prepared.outlier_index is not None:
+            keep = outlier_mask(prepared.outlier_index, work.width)
+        self.register_buffer("keep", keep, persistent=False)
+        self.register_buffer("outlier_index", prepared.outlier_index, persistent=False)
+
+    def weights_of(self, plane: int) -> Tensor:
+        """Bricks of a plane."""
+        return self.get_buffer(f"weights{plane}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(*self.quantize(x), x.dtype)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """x [M, K]: token tiles, token scales, M."""
+        tokens, scales = quantize_tokens(
+            x, self.keep, self.outlier_index, self.branch == "fp8", self.carry, self.hadamard
+        )
+        return tokens, scales, len(x)
+
+    def multiply(
+        self, tokens: Tensor, scales: Tensor, count: int, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        """What `quantize` gave times the weights, plus branch and bias: [M, N] in `dtype`."""
+
+        def product(i: int, branch: str | None, outputs: int, kind: torch.dtype) -> Tensor:
+            weights, rows = self.weights_of(i), self.get_buffer(f"rows{i}")
+            return gemm(
+                tokens,
+                scales,
+                weights,
+                rows,
+                self.width,
+                self.weights,
+                branch,
+                count,
+                outputs,
+                kind,
+            )
+
+        if self.planes == 1:
+            return product(0, self.branch, self.outputs, dtype)
+        total = product(0, self.branch, self.outputs, torch.float32)
+        for i in range(1, self.planes):
+            index = self.get_buffer(f"index{i}")
+            total.index_add_(1, index, product(i, None, len(index), torch.float32))
+        return total.to(dtype)
+
+
+def stack(work: Work, linears: Sequence[Mapping[str, Tensor]]) -> Prepared:
+    """Lay out linears that share their input as one, rows in order."""
+
+    def join(name: str) -> Tensor | None:
+        return torch.cat([linear[name] for linear in linears]) if name in linears[0] else None
+
+    bias = None
+    if any(linear.get("bias") is not None for linear in linears):
+        bias = torch.cat([_bias(linear) for linear in linears])
+    packed, scale = join("weight_packed"), join("weight_scale")
+    assert packed is not None
+    assert scale is not None
+    if work.branch is None:
+        return prepare_mxfp4(packed, scale, bias=bias)
+    return prepare_mxfp4(
+        packed,
+        scale,
+        bias=bias,
+        outlier_weight=join("outlier_weight"),
+        outlier_scale=join("outlier_weight_scale"),
+        outlier_index=linears[0]["outlier_index"],
+    )
+
+
+def _bias(linear: Mapping[str, Tensor]) -> Tensor:
+    bias = linear.get("bias")
+    return (
+        linear["weight_scale"].new_zeros(len(linear["weight_scale"])).float()
+        if bias is None
+        else bias.float()
+    )
+
+
+def outlier_mask(index: Tensor, width: int) -> Tensor:
+    """16 bits a channel, int16 [width]: zero for outliers, all ones for what stays."""
+    keep = torch.full((width,), -1, dtype=torch.int16, device=index.device)
+    keep[index[index >= 0].long()] = 0
+    return keep
+
+
+def token_bytes(tile: int, width: int, branch_bricks: int) -> int:
+    """Bytes of one token tile: 128 a token and main brick, 64 a token and branch brick."""
+    return tile * (-(-width // COLUMNS) * 128 + branch_bricks * 64)
+
+
+def _allocate(x: Tensor, index: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor]:
+    branch = 0 if index is None else len(index) // BRANCH_COLUMNS["fp8" if fp8 else "bf16"]
+    tile = sm90_tiles.token_tile(len(x))
+    tiles = -(-len(x) // tile)
+    return (
+        x.new_empty(tiles, token_bytes(tile, x.shape[1], branch), dtype=torch.uint8),
+        x.new_empty(tiles * tile, 2, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("quantkit::sm90_quantize", mutates_args=())
+def quantize_tokens(
+    x: Tensor, keep: Tensor | None, index: Tensor | None, fp8: bool, carry: int, hadamard: int
+) -> tuple[Tensor, Tensor]:
+    """Quantize x [M, K] into token tiles [tiles, bytes] and token scales float32 [tokens, 2].
+
+    `index` are the branch's channels, `keep` the mask of the others; `fp8` says the branch's type.
+    """
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    tokens, scales = _allocate(x, index, fp8)
+    if len(x) == 0:
+        return tokens, scales
+    args = ActivationArguments(
+        x=x.data_ptr(),
+        keep=None if keep is None else keep.data_ptr(),
+        outlier_index=None if index is None else index.data_ptr(),
+        tokens=tokens.data_ptr(),
+        token_scales=scales.data_ptr(),
+        token_tile_bytes=tokens.shape[1],
+        m=len(x),
+        k=x.shape[1],
+        tile=sm90_tiles.token_tile(len(x)),
+        bricks=-(-x.shape[1] // COLUMNS),
+        branch_columns=0 if index is None else len(index),
+        branch_fp8=fp8,
+        carry=carry,
+        hadamard=hadamard,
+    )
+    dtype = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+    library = jit.load(sm90_tiles.activation_text(dtype), "sm90_activation", ARCH)
+    _check(library.run(ctypes.byref(args), 1, _stream(x)), "sm90_activation")
+    return tokens, scales
+
+
+@quantize_tokens.register_fake
+def _(
+    x: Tensor, keep: Tensor | None, index: Tensor | None, fp8: bool, carry: int, hadamard: int
+) -> tuple[Tensor, Tensor]:
+    return _allocate(x, index, fp8)
+
+
+@torch.library.custom_op("quantkit::sm90_gemm", mutates_args=())
+def gemm(
+    tokens: Tensor,
+    scales: Tensor,
+    weights: Tensor,
+    rows: Tensor,
+    width: int,
+    form: str,
+    branch: str | None,
+    count: int,
+    outputs: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Token tiles of `count` tokens times `weights` [row blocks, bricks, bytes]: [count, outputs].
+
+    `rows` are the row constants of `prepare.Plane`, `form` the weight format, `width` K.
+    """
+    out = tokens.new_empty(count, outputs, dtype=dtype)
+    if count == 0:
+        return out
+    plan = sm90_tiles.plan(outputs, width, count, _multiprocessors(tokens.device.index))
+    tile = plan.tile
+    partials, flags = _workspace(tokens, plan)
+    bricks = -(-width // COLUMNS)
+    args = GemmArguments(
+        weights=weights.data_ptr(),
+        tokens=tokens.data_ptr(),
+        rows=rows.data_ptr(),
+        token_scales=scales.data_ptr(),
+        out=out.data_ptr(),
+        partials=partials.data_ptr(),
+        flags=flags.data_ptr(),
+        token_tile_bytes=tokens.shape[1],
+        m=count,
+        n=outputs,
+        row_blocks=weights.shape[0],
+        row_tiles=-(-weights.shape[0] // tile.row_groups),
+        token_tiles=len(tokens),
+        bricks=bricks,
+        branch_bricks=0 if branch is None else weights.shape[1] - bricks,
+        split=plan.split,
+        ahead=2,
+        out_type=OUTPUT_TYPES.index(dtype),
+    )
+    library = jit.load(sm90_tiles.gemm_text(tile, form, branch), "sm90_gemm", ARCH)
+    _check(library.run(ctypes.byref(args), plan.ctas, 1, _stream(tokens)), "sm90_gemm")
+    return out
+
+
+@gemm.register_fake
+def _(
+    tokens: Tensor,
+    scales: Tensor,
+    weights: Tensor,
+    rows: Tensor,
+    width: int,
+    form: str,
+    branch: str | None,
+    count: int,
+    outputs: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return tokens.new_empty(count, outputs, dtype=dtype)
+
+
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_sms: dict[int, int] = {}
+
+
+def _workspace(like: Tensor, plan: sm90_tiles.Plan) -> tuple[Tensor, Tensor]:
+    """Partial sums and flags of the split schedule: one set a stream, flags zero between launches.
+
+    Its size is the largest that any plan needs, so that graphs captured earlier stay valid.
+    """
+    stream = torch.cuda.current_stream(like.device).cuda_stream
+    key = like.device.index, stream
+    if key not in _workspaces:
+        ctas = _multiprocessors(like.device.index)
+        slot = max(t.row_groups * ROWS * t.tokens for t in sm90_tiles.TILES if t.tokens <= 64)
+        _workspaces[key] = (
+            like.new_empty(ctas * slot, dtype=torch.float32),
+            like.new_zeros(ctas, dtype=torch.int32),
+        )
+    return _workspaces[key]
+
+
+def _multiprocessors(device: int) -> int:
+    if device not in _sms:
+        _sms[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _sms[device]
+
+
+def _stream(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _check(status: int, name: str) -> None:
+    if status:
+        raise QuantkitError(f"kernel {name} failed to launch: CUDA error {status}")

@@ -1,0 +1,272 @@
+// Activations to the B operand of sm90_gemm.cuh in one pass over a token: outlier channels gathered
+// for the branch and zeroed, block Hadamard, MXFP4 by the checkpoint's scale rule, folded to E5M2
+// under one power of two a token, written as the swizzled tile that a bulk copy brings in.
+//
+// The fold: an E2M1 value times its block scale, relative to the token's largest block, is an E5M2
+// number for 27 octaves; blocks further below than that lose bits, then vanish.
+#pragma once
+
+#include "sm90_atoms.cuh"
+
+namespace quantkit::sm90 {
+
+// Mirrored by sm90.py (ActivationArguments).
+struct ActivationArguments {
+  void const* x;             // [m, k], 16 bits an element
+  uint16_t const* keep;      // [k]: 0 where an outlier channel leaves the main path; null: none
+  int const* outlier_index;  // [branch_columns]: channel, or -1
+  uint8_t* tokens;           // [token tile][brick], branch bricks after the main ones
+  float2* token_scales;      // scale, branch scale / scale
+  int64_t token_tile_bytes;
+  int m, k, tile, bricks, branch_columns, branch_fp8;
+  int carry;     // added to the bits of a block's largest magnitude: the scale rule
+  int hadamard;  // channels mixed at a time: 0, or a power of two in 32..512
+};
+
+constexpr int kUnit = 16;  // elements a thread takes at a time; two threads share a block of 32
+constexpr int kFarBranch = 60;  // octaves that the branch may lie above the main path's range
+
+CUTLASS_DEVICE int absolute_bits(float v) { return __float_as_int(v) & 0x7FFFFFFF; }
+CUTLASS_DEVICE float power_of_two(int biased) { return __int_as_float(biased << 23); }
+
+// [16 elements] of a token as floats: outliers zeroed, Hadamard applied.
+template <class Input, bool Hadamard>
+CUTLASS_DEVICE void unpack(uint4 const (&raw)[2], float (&f)[kUnit], int hadamard) {
+  uint32_t const words[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w,
+                             raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (std::is_same_v<Input, __half>) {
+      float2 const v = __half22float2(reinterpret_cast<__half2 const&>(words[i]));
+      f[2 * i] = v.x, f[2 * i + 1] = v.y;
+    } else {
+      f[2 * i] = __uint_as_float(words[i] << 16),
+            f[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u);
+    }
+  }
+  if constexpr (Hadamard) {
+#pragma unroll
+    for (int width = 1; width < kUnit; width *= 2) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if (i & width) continue;
+        float const a = f[i], b = f[i + width];
+        f[i] = a + b, f[i + width] = a - b;
+      }
+    }
+    for (int lanes = 1; lanes * kUnit < hadamard; lanes *= 2) {
+      float const sign = threadIdx.x & lanes ? -1.f : 1.f;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) f[i] = __shfl_xor_sync(~0u, f[i], lanes) + sign * f[i];
+    }
+    float const norm = rsqrtf(float(hadamard));
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) f[i] *= norm;
+  }
+}
+
+// Largest magnitude of the 32-block that this thread and its neighbour hold, as bits.
+CUTLASS_DEVICE int block_maximum(float const (&f)[kUnit]) {
+  int largest = 0;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) largest = max(largest, absolute_bits(f[i]));
+  return max(largest, __shfl_xor_sync(~0u, largest, 1));
+}
+
+// Biased exponent of the block scale: 255 for NaN, a large negative number for a block of zeros.
+CUTLASS_DEVICE int scale_exponent(int largest, int carry) {
+  if (largest >= 0x7F800000) return 255;
+  int const exponent = min(max(((largest + carry) >> 23) - 2, 0), 252);
+  return largest ? exponent : -1024;
+}
+
+// Nearest E2M1 multiple of the block scale (ties to even), times `factor`, to 16 E5M2 bytes.
+CUTLASS_DEVICE uint4 quantize(float const (&f)[kUnit], int exponent, float factor) {
+  int const lowest = max(exponent, 0) << 23;
+  float const limit = __int_as_float((max(exponent, 0) + 2) << 23 | 0x400000);  // 6 x scale
+  uint32_t bytes[4];
+#pragma unroll
+  for (int i = 0; i < kUnit; i += 2) {
+    float v[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // One mantissa bit, and steps of scale / 2 below the scale: the sum with 1.5 x 2^22 times the
+      // leading power of two has its last bit there.
+      int const leading = max(__float_as_int(f[i + h]) & 0x7F800000, lowest);
+      float const magic = __int_as_float(leading + (22 << 23 | 0x400000));
+      float const rounded = fminf((fabsf(f[i + h]) + magic) - magic, limit);
+      v[h] = __int_as_float(__float_as_int(rounded) | (__float_as_int(f[i + h]) & 0x80000000)) *
+             factor;
+    }
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(v[1]), "f"(v[0]));
+    bytes[i / 4] = i % 4 ? bytes[i / 4] | uint32_t(pair) << 16 : pair;
+  }
+  return make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
+}
+
+template <class Input>
+CUTLASS_DEVICE float to_float(Input v) {
+  if constexpr (std::is_same_v<Input, __half>)
+    return __half2float(v);
+  else
+    return __bfloat162float(v);
+}
+
+// Grid: x = tokens, y = CTAs of a cluster that share a token. `Units` a thread.
+template <class Input, int Units, bool Hadamard>
+__global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
+    quantize_tokens(__grid_constant__ ActivationArguments const args) {
+  __shared__ int warp_main[16], warp_branch[16], cta_maximum[2];
+  cutlass::arch::launch_dependent_grids();
+  int const threads = blockDim.x, ctas = gridDim.y, part = blockIdx.y, thread = threadIdx.x;
+  int const token = blockIdx.x, lane = thread % 32, units = args.k / kUnit;
+  auto unit_of = [&](int v) { return (v * ctas + part) * threads + thread; };
+  cutlass::arch::wait_on_dependent_grids();
+  Input const* const row = static_cast<Input const*>(args.x) + size_t(token) * args.k;
+
+  uint4 raw[Units][2];
+#pragma unroll
+  for (int v = 0; v < Units; ++v) {
+    int const unit = unit_of(v);
+    raw[v][0] = raw[v][1] = make_uint4(0, 0, 0, 0);
+    if (unit < units) {
+      raw[v][0] = reinterpret_cast<uint4 const*>(row)[unit * 2];
+      raw[v][1] = reinterpret_cast<uint4 const*>(row)[unit * 2 + 1];
+    }
+  }
+  int branch = 0;  // largest magnitude of the outlier channels, as bits
+  auto outlier = [&](int j) {
+    int const channel = args.outlier_index[j];
+    return channel < 0 ? 0.f : to_float(row[channel]);
+  };
+  for (int j = part * threads + thread; j < args.branch_columns; j += ctas * threads) {
+    branch = max(branch, absolute_bits(outlier(j)));
+  }
+  if (args.keep) {
+#pragma unroll
+    for (int v = 0; v < Units; ++v) {
+      if (unit_of(v) >= units) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint4 const mask = __ldg(reinterpret_cast<uint4 const*>(args.keep) + unit_of(v) * 2 + h);
+        raw[v][h].x &= mask.x, raw[v][h].y &= mask.y, raw[v][h].z &= mask.z, raw[v][h].w &= mask.w;
+      }
+    }
+  }
+  int exponent[Units], top = 0;
+#pragma unroll
+  for (int v = 0; v < Units; ++v) {
+    float f[kUnit];
+    unpack<Input, Hadamard>(raw[v], f, args.hadamard);
+    exponent[v] = scale_exponent(block_maximum(f), args.carry);
+    if (exponent[v] < 255) top = max(top, exponent[v]);
+  }
+
+  // The token's largest block scale and outlier: over the warp, the CTA, the cluster.
+  top = __reduce_max_sync(~0u, top), branch = __reduce_max_sync(~0u, branch);
+  if (lane == 0) warp_main[thread / 32] = top, warp_branch[thread / 32] = branch;
+  __syncthreads();
+  int const other = min(lane, threads / 32 - 1);
+  top = __reduce_max_sync(~0u, warp_main[other]),
+  branch = __reduce_max_sync(~0u, warp_branch[other]);
+  if (ctas > 1) {
+    if (thread == 0) cta_maximum[0] = top, cta_maximum[1] = branch;
+    cute::cluster_arrive();
+    cute::cluster_wait();
+    auto remote = [&](int const* mine) {
+      uint32_t const address =
+          cute::set_block_rank(cute::cast_smem_ptr_to_uint(mine), min(lane, ctas - 1));
+      int v;
+      asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+      return __reduce_max_sync(~0u, v);
+    };
+    top = remote(&cta_maximum[0]), branch = remote(&cta_maximum[1]);
+    cute::cluster_arrive_relaxed();  // waited for before this CTA's shared memory goes away
+  }
+  // 6 x the largest block scale is E5M2's last octave.
+  int const token_exponent = max(max(top - 13, 1), (branch >> 23) - kFarBranch);
+  float const inverse = power_of_two(254 - token_exponent);
+  int const branch_exponent =
+      max((min(branch, 0x7F7FFFFF) + (1 << 19)) >> 23, 9) - 8;  // E4M3, even rule
+  if (thread == 0 && part == 0) {
+    float const ratio = scalbnf(1.f, branch_exponent - token_exponent);
+    args.token_scales[token] = make_float2(power_of_two(token_exponent), ratio);
+  }
+
+  int const tile = token / args.tile, r = token % args.tile;
+  uint8_t* const out = args.tokens + tile * args.token_tile_bytes;
+#pragma unroll
+  for (int v = 0; v < Units; ++v) {
+    int const unit = unit_of(v), brick = unit / 8;
+    float f[kUnit];
+    unpack<Input, Hadamard>(raw[v], f, args.hadamard);
+    float const factor = exponent[v] == 255 ? __int_as_float(0x7FC00000) : inverse;
+    uint4 const bytes = quantize(f, exponent[v], factor);
+    if (brick < args.bricks) {
+      *reinterpret_cast<uint4*>(out + (size_t(brick) * args.tile + r) * 128 +
+                                ((unit % 8 ^ r % 8) << 4)) = bytes;
+    }
+  }
+  uint8_t* const side = out + size_t(args.bricks) * args.tile * 128;
+  for (int j = part * threads + thread; j < args.branch_columns; j += ctas * threads) {
+    int const byte = args.branch_fp8 ? j : 2 * j;
+    uint8_t* const at = side + (size_t(byte / 64) * args.tile + r) * 64 +
+                        ((byte % 64 / 16 ^ r / 2 % 4) << 4) + byte % 16;
+    if (args.branch_fp8) {
+      uint16_t pair;
+      float const v = outlier(j) * power_of_two(254 - branch_exponent);
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.f), "f"(v));
+      *at = uint8_t(pair);
+    } else {
+      *reinterpret_cast<__nv_bfloat16*>(at) = __float2bfloat16(outlier(j) * inverse);
+    }
+  }
+  if (ctas > 1) cute::cluster_wait();
+}
+
+template <class Input>
+int launch_activation(ActivationArguments const& args, int overlap, cudaStream_t stream) {
+  // Few tokens: a cluster shares each, one unit a thread. Many: more units a thread, more loads in
+  // flight.
+  int const units = args.bricks * 8;
+  bool const few = args.m <= 128;
+  int const ctas = few ? min(ceil_div(units, 512), 8) : 1;
+  int const each = ceil_div(units, ctas);
+  int per_thread = few || each <= 64 ? 1 : each <= 512 ? 2 : 4;
+  while (ceil_div(each, per_thread) > 512) per_thread *= 2;
+  int const threads = ceil_div(ceil_div(each, per_thread), 32) * 32;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = 1, attributes[0].val.clusterDim.y = ctas,
+  attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(args.m, ctas), config.blockDim = threads;
+  config.stream = stream, config.attrs = attributes, config.numAttrs = overlap ? 2 : 1;
+  auto run = [&](auto hadamard) -> int {
+    constexpr bool kHadamard = decltype(hadamard)::value;
+    switch (per_thread) {
+      case 1:
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 1, kHadamard>, args);
+      case 2:
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 2, kHadamard>, args);
+      case 4:
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 4, kHadamard>, args);
+      case 8:
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 8, kHadamard>, args);
+    }
+    return cudaErrorInvalidValue;
+  };
+  return args.hadamard ? run(std::true_type{}) : run(std::false_type{});
+}
+
+}  // namespace quantkit::sm90
+
+#define QUANTKIT_SM90_ACTIVATION(NAME, INPUT)                                           \
+  extern "C" int NAME(quantkit::sm90::ActivationArguments const* args, int overlap,     \
+                      void* stream) {                                                   \
+    return quantkit::sm90::launch_activation<INPUT>(*args, overlap,                     \
+                                                    static_cast<cudaStream_t>(stream)); \
+  }

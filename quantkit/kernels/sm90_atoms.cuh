@@ -1,0 +1,142 @@
+// Hopper building blocks: the CUTLASS and CuTe parts that the sm90 kernels use, and the few
+// instructions for which those headers have no wrapper.
+#pragma once
+
+#define CUTLASS_ENABLE_GDC_FOR_SM90 1
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/grid_dependency_control.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/numeric_types.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/util.hpp>
+#include <utility>
+
+namespace quantkit::sm90 {
+
+using FullBarrier = cutlass::arch::ClusterTransactionBarrier;
+using EmptyBarrier = cutlass::arch::ClusterBarrier;
+
+CUTLASS_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// ---- shared memory by 32-bit address: volatile, so that no load moves across a barrier wait
+
+CUTLASS_DEVICE uint4 load_shared_128(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address));
+  return v;
+}
+
+CUTLASS_DEVICE uint2 load_shared_64(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
+
+CUTLASS_DEVICE uint32_t load_shared_32(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
+
+CUTLASS_DEVICE void store_shared_128(uint32_t address, float a, float b, float c, float d) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c),
+               "f"(d)
+               : "memory");
+}
+
+// ---- copies
+
+CUTLASS_DEVICE uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+CUTLASS_DEVICE uint64_t evict_last_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// cute::SM90_BULK_COPY_G2S with an L2 cache policy.
+CUTLASS_DEVICE void bulk_copy(uint32_t smem, void const* gmem, uint32_t bytes, FullBarrier& full,
+                              uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(smem),
+      "l"(gmem), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(policy)
+      : "memory");
+}
+
+CUTLASS_DEVICE void copy_async_16(uint32_t smem, void const* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+}
+
+CUTLASS_DEVICE void wait_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// ---- named barriers by hardware number (CUTLASS keeps the first eight numbers for itself; its
+// collectives are not used in these kernels, so all but barrier 0 are free)
+
+CUTLASS_DEVICE void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+CUTLASS_DEVICE void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- wgmma with A from registers
+
+template <class A, class B, int Tokens, int KElements>
+using Mma = decltype(cute::SM90::GMMA::rs_op_selector<
+                     A, B, float, cute::Shape<cute::_64, cute::Int<Tokens>, cute::Int<KElements>>,
+                     cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>());
+
+template <class Op, int N, std::size_t... I>
+CUTLASS_DEVICE void mma(float (&d)[N], uint32_t const (&a)[4], uint64_t b,
+                        cute::SM90::GMMA::ScaleOut scale, std::index_sequence<I...>) {
+  Op::fma(a[0], a[1], a[2], a[3], b, d[I]..., scale);
+}
+
+// d (+)= a * b: d is the 64 x 2N fragment of this warpgroup, b the descriptor of 2N tokens.
+template <class Op, int N>
+CUTLASS_DEVICE void mma(float (&d)[N], uint32_t const (&a)[4], uint64_t b,
+                        cute::SM90::GMMA::ScaleOut scale = cute::SM90::GMMA::ScaleOut::One) {
+  mma<Op>(d, a, b, scale, std::make_index_sequence<N>{});
+}
+
+// K-major tile of 8-token atoms whose rows are `RowBytes` (128 or 64) under the swizzle of that
+// width. Adding 2 to it moves 32 bytes along K.
+template <int RowBytes>
+CUTLASS_DEVICE uint64_t descriptor(uint32_t smem) {
+  static_assert(RowBytes == 128 || RowBytes == 64);
+  cute::GmmaDescriptor d;
+  d.bitfield.start_address_ = smem >> 4;
+  d.bitfield.leading_byte_offset_ = 1;
+  d.bitfield.stride_byte_offset_ = 8 * RowBytes >> 4;
+  d.bitfield.layout_type_ = static_cast<uint8_t>(
+      RowBytes == 128 ? cute::SM90::GMMA::LayoutType::B128 : cute::SM90::GMMA::LayoutType::B64);
+  return d;
+}
+
+// Keeps reads of the accumulators below the wait that makes them valid.
+template <int N>
+CUTLASS_DEVICE void fence(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(d[i]);
+}
+
+}  // namespace quantkit::sm90

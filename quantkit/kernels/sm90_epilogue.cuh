@@ -1,0 +1,144 @@
+// After the main loop: adding up the parts of a tile, scales, bias, and the store.
+#pragma once
+
+#include "sm90_atoms.cuh"
+
+namespace quantkit::sm90 {
+
+enum OutputType { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
+
+// Mirrored by sm90.py (GemmArguments).
+struct Arguments {
+  uint8_t const* weights;      // [row block][brick], branch bricks after the main ones
+  uint8_t const* tokens;       // [token tile][brick], branch bricks after the main ones
+  float4 const* rows;          // a weight row: scale, bias, branch scale / scale, 0
+  float2 const* token_scales;  // a token: scale, branch scale / scale
+  void* out;                   // [m, n]
+  float* partials;             // a CTA: one tile of sums in fragment order
+  uint32_t* flags;             // a CTA: its partial sum is written; 0 between launches
+  int64_t token_tile_bytes;
+  int m, n, row_blocks, row_tiles, token_tiles, bricks, branch_bricks;
+  int split, ahead, out_type;
+};
+
+template <int Tokens, int KGroups>
+struct TileEpilogue {
+  static constexpr int kStaged = Tokens <= 32 ? Tokens : Tokens / 2;  // tokens a pass
+  static constexpr int kPitch = 144;  // 64 rows of 16 bits, and 16 bytes against bank conflicts
+  static constexpr int kPartsAt = (kStaged * kPitch + 127) / 128 * 128;
+  static constexpr int kBytes = kPartsAt + (KGroups - 1) * Tokens * 256;
+
+  static_assert(Tokens % 8 == 0);
+
+  // ---- sums in shared memory and in the workspace: fragment order, 16 bytes a thread at a time
+
+  CUTLASS_DEVICE static void write_part(uint32_t area, int part, float const (&sum)[Tokens / 2],
+                                        int thread) {
+#pragma unroll
+    for (int j = 0; j < Tokens / 8; ++j) {
+      store_shared_128(area + kPartsAt + ((part * (Tokens / 8) + j) * 128 + thread) * 16,
+                       sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+    }
+  }
+
+  CUTLASS_DEVICE static void add_parts(uint32_t area, float (&sum)[Tokens / 2], int thread) {
+#pragma unroll
+    for (int part = 0; part < KGroups - 1; ++part) {
+#pragma unroll
+      for (int j = 0; j < Tokens / 8; ++j) {
+        uint4 const v =
+            load_shared_128(area + kPartsAt + ((part * (Tokens / 8) + j) * 128 + thread) * 16);
+        sum[4 * j] += __uint_as_float(v.x), sum[4 * j + 1] += __uint_as_float(v.y);
+        sum[4 * j + 2] += __uint_as_float(v.z), sum[4 * j + 3] += __uint_as_float(v.w);
+      }
+    }
+  }
+
+  CUTLASS_DEVICE static float4* partial(Arguments const& args, int cta, int row_groups,
+                                        int row_group, int thread) {
+    return reinterpret_cast<float4*>(args.partials) +
+           (size_t(cta) * row_groups + row_group) * (Tokens / 8) * 128 + thread;
+  }
+
+  CUTLASS_DEVICE static void write_partial(float4* slot, float const (&sum)[Tokens / 2]) {
+#pragma unroll
+    for (int j = 0; j < Tokens / 8; ++j) {
+      __stcg(slot + j * 128,
+             make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+    }
+  }
+
+  CUTLASS_DEVICE static void add_partial(float4 const* slot, float (&sum)[Tokens / 2]) {
+#pragma unroll
+    for (int j = 0; j < Tokens / 8; ++j) {
+      float4 const v = __ldcg(slot + j * 128);
+      sum[4 * j] += v.x, sum[4 * j + 1] += v.y, sum[4 * j + 2] += v.z, sum[4 * j + 3] += v.w;
+    }
+  }
+
+  // ---- out[token, row] of this warpgroup's 64 rows; `scales` is the shared copy of the tokens'
+
+  CUTLASS_DEVICE static void store(Arguments const& args, float const (&sum)[Tokens / 2],
+                                   float4 const (&rows)[2], uint32_t scales, uint32_t staging,
+                                   int row0, int token0, int thread, int barrier) {
+    int const lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    auto value = [&](int j,
+                     int i) {  // n8 tile j of the fragment, element i: row i / 2, token i % 2
+      uint32_t const scale = load_shared_32(scales + (8 * j + 2 * t + i % 2) * 8);
+      return sum[4 * j + i] * rows[i / 2].x * __uint_as_float(scale) + rows[i / 2].y;
+    };
+    if (args.out_type == kFp32) {
+      float* const out = static_cast<float*>(args.out);
+#pragma unroll
+      for (int j = 0; j < Tokens / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          int const token = token0 + 8 * j + 2 * t + i % 2, row = row0 + warp * 16 + g + i / 2 * 8;
+          if (token < args.m && row < args.n) out[size_t(token) * args.n + row] = value(j, i);
+        }
+      }
+      return;
+    }
+    auto pack = [&](float low, float high) {
+      if (args.out_type == kBf16) {
+        __nv_bfloat162 const v = __floats2bfloat162_rn(low, high);
+        return reinterpret_cast<uint32_t const&>(v);
+      }
+      __half2 const v = __floats2half2_rn(low, high);
+      return reinterpret_cast<uint32_t const&>(v);
+    };
+    uint16_t* const out = static_cast<uint16_t*>(args.out);
+#pragma unroll
+    for (int pass = 0; pass < Tokens / kStaged; ++pass) {
+#pragma unroll
+      for (int jj = 0; jj < kStaged / 8; ++jj) {
+        int const j = pass * (kStaged / 8) + jj;
+        uint32_t const at = staging + (jj * 8 + lane % 8) * kPitch + warp * 32 + lane / 8 % 2 * 16;
+        asm volatile("stmatrix.sync.aligned.x2.trans.m8n8.shared.b16 [%0], {%1, %2};" ::"r"(at),
+                     "r"(pack(value(j, 0), value(j, 1))), "r"(pack(value(j, 2), value(j, 3)))
+                     : "memory");
+      }
+      barrier_sync(barrier, 128);
+#pragma unroll
+      for (int i = 0; i < ceil_div(kStaged * 8, 128); ++i) {
+        int const chunk = i * 128 + thread, token = chunk / 8, row = row0 + chunk % 8 * 8;
+        if (token >= kStaged || token0 + pass * kStaged + token >= args.m || row >= args.n)
+          continue;
+        uint4 const v = load_shared_128(staging + token * kPitch + chunk % 8 * 16);
+        uint16_t* const to = out + size_t(token0 + pass * kStaged + token) * args.n + row;
+        if (args.n % 8 == 0) {
+          *reinterpret_cast<uint4*>(to) = v;
+        } else {
+          uint32_t const words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            if (row + e < args.n) to[e] = words[e / 2] >> (e % 2 * 16);
+          }
+        }
+      }
+      if (pass + 1 < Tokens / kStaged) barrier_sync(barrier, 128);
+    }
+  }
+};
+
+}  // namespace quantkit::sm90

@@ -1,0 +1,82 @@
+// Weight formats in their Hopper execution layout, and how each becomes wgmma's A operand.
+//
+// A *brick* is what four k-steps of one 64-row block read: a contiguous piece of memory that
+// prepare.py writes. Tokens come as the matching brick of 128 bytes a token. A thread of the
+// warpgroup owns rows g and g + 8 of its warp's 16 (g = lane / 4) and, of every 32 bytes of K,
+// bytes 4t..4t+3 and 16+4t..16+4t+3 (t = lane % 4): the layout of wgmma's A fragment.
+#pragma once
+
+#include "sm90_atoms.cuh"
+
+namespace quantkit::sm90 {
+
+// Eight E2M1 codes of one row to two registers of E5M2: value = code * 2^(exponent - 8).
+//
+// E2M1 times 2^e is a normal E5M2 number for any e of 16 octaves, so a table of the eight
+// magnitudes is two multiply-adds of the exponent, and PRMT looks four codes up at once. Code 0
+// stays byte 0: its byte takes no part in the multiplication. Bits 0-2 of a nibble hold a
+// magnitude. The sign of code i of the first register is bit 8i+7, of the second bit 8i+3.
+CUTLASS_DEVICE void fold_e2m1(uint32_t word, uint32_t exponent, uint32_t& first, uint32_t& second) {
+  uint32_t low = exponent * 0x04040400u + 0x1E1C1800u;   // 0, 0.5, 1, 1.5
+  uint32_t high = exponent * 0x04040404u + 0x26242220u;  // 2, 3, 4, 6
+  uint32_t select = word & 0x77777777u;
+  first = __byte_perm(low, high, select) | (word & 0x80808080u);
+  second = __byte_perm(low, high, select >> 16) | ((word << 4) & 0x80808080u);
+}
+
+// MXFP4: 64 rows x 128 columns. [k-step pair][thread][16 B of codes], then [warp][g][4 B]: nibble
+// j is the exponent of k-step j, of row g in the low half and of row g + 8 in the high half.
+template <class Token_>
+struct Mxfp4 {
+  using Weight = cutlass::float_e5m2_t;
+  using Token = Token_;
+  static constexpr int kStepElements = 32;
+  static constexpr int kBytes = 64 * 128 / 2 + 64 * 4 / 2;
+  static constexpr bool kNarrowSum = true;  // FP8 wgmma adds with about 14 bits
+
+  CUTLASS_DEVICE static void decode(uint32_t (&a)[4][4], uint32_t brick, int thread) {
+    uint32_t const packed = load_shared_32(brick + 4096 + (thread >> 2) * 4);
+    uint32_t const even = packed & 0x0F0F0F0Fu, odd = (packed >> 4) & 0x0F0F0F0Fu;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint4 const codes = load_shared_128(brick + pair * 2048 + thread * 16);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        uint32_t (&step)[4] = a[2 * pair + j];
+        uint32_t const exponents = j ? odd : even;
+        fold_e2m1(j ? codes.z : codes.x, __byte_perm(exponents, 0, 0x4440 + pair), step[0],
+                  step[2]);
+        fold_e2m1(j ? codes.w : codes.y, __byte_perm(exponents, 0, 0x4442 + pair), step[1],
+                  step[3]);
+      }
+    }
+  }
+};
+
+// The branch: outlier columns kept in 16 or 8 bits, in fragment order, two k-steps a brick (padded
+// to the stride of the main bricks). Tokens come 64 bytes a token.
+struct NoBranch {
+  static constexpr bool kPresent = false;
+};
+
+struct Bf16Branch {  // weights divided by the row scale, activations by the token scale: exact
+  using Element = cutlass::bfloat16_t;
+  static constexpr bool kPresent = true, kScaled = false;
+  static constexpr int kStepElements = 16;
+};
+
+struct Fp8Branch {  // has scales of its own
+  using Element = cutlass::float_e4m3_t;
+  static constexpr bool kPresent = true, kScaled = true;
+  static constexpr int kStepElements = 32;
+};
+
+CUTLASS_DEVICE void load_branch(uint32_t (&a)[2][4], uint32_t brick, int thread) {
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    uint4 const v = load_shared_128(brick + s * 2048 + thread * 16);
+    a[s][0] = v.x, a[s][1] = v.y, a[s][2] = v.z, a[s][3] = v.w;
+  }
+}
+
+}  // namespace quantkit::sm90

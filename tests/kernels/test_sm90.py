@@ -1,0 +1,302 @@
+"""Hopper host side on the CPU: plans, sources, shapes; and the kernels themselves on the GPU."""
+
+from __future__ import annotations
+
+import subprocess
+from math import ceil
+
+import pytest
+import torch
+
+from quantkit.formats import mxfp4
+from quantkit.kernels import capability, dispatch, jit, reference, sm90, sm90_tiles
+from quantkit.pack.scheme import SiteFormat
+
+KERNEL = next(row for row in capability.KERNELS if row.module == "sm90")
+SHAPES = [(192, 576), (576, 1536), (6144, 4096), (4096, 12288), (24576, 4096), (57344, 8192)]
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16, 17, 33, 64, 65, 192, 193, 2048, 8192])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sms", [132, 114, 78])
+def test_every_shape_has_a_plan_that_covers_it(shape, tokens, sms):
+    plan = sm90_tiles.plan(*shape, tokens, sms)
+    assert plan.tile in sm90_tiles.TILES
+    assert plan.tile.tokens == sm90_tiles.token_tile(tokens)
+    assert 1 <= plan.ctas <= sms
+    blocks = ceil(shape[0] / 64)
+    tiles = ceil(blocks / plan.tile.row_groups) * ceil(tokens / plan.tile.tokens)
+    steps = tiles * ceil(shape[1] / (128 * plan.tile.bricks * plan.tile.k_groups))
+    assert plan.ctas <= (steps if plan.split else tiles)
+    assert not (plan.split and plan.tile.tokens > 64)
+
+
+def test_tiles_that_divide_are_not_split():
+    assert sm90_tiles.plan(24576, 4096, 64) == sm90_tiles.Plan(
+        sm90_tiles.Tile(64, 3, 1, 2, 5), 128, False
+    )
+    assert sm90_tiles.plan(6144, 4096, 1).ctas == 96
+    assert sm90_tiles.plan(4096, 12288, 1).split
+
+
+def test_a_tile_is_one_line_and_no_two_are_alike():
+    assert len(set(sm90_tiles.TILES)) == len(sm90_tiles.TILES)
+    texts = {sm90_tiles.gemm_text(tile, "mxfp4", None) for tile in sm90_tiles.TILES}
+    assert len(texts) == len(sm90_tiles.TILES)
+    assert all(text.count("\n") == 2 for text in texts)
+
+
+def work(
+    width: int = 256,
+    outputs: tuple[int, ...] = (64, 32),
+    branch: str | None = None,
+    outliers: int = 0,
+    rule: str = "even",
+    hadamard: dict[str, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dispatch.Work:
+    return dispatch.Work("mxfp4", "mxfp4", branch, rule, hadamard, width, outputs, outliers, dtype)
+
+
+def test_refusals_name_what_cannot_run():
+    assert sm90.refuse(KERNEL, work()) is None
+    assert sm90.refuse(KERNEL, work(hadamard={"block": 32})) is None
+    assert "multiple of 32" in (sm90.refuse(KERNEL, work(width=40)) or "")
+    assert "not 4096" in (sm90.refuse(KERNEL, work(hadamard={"size": 4096})) or "")
+
+
+def layer(work: dispatch.Work, device: str = "cpu", low: int = 112, high: int = 128, seed: int = 0):
+    """Random packed linears of one site: the tensors of each."""
+    generator = torch.Generator().manual_seed(seed)
+    linears = []
+    index = torch.randperm(work.width, generator=generator)[: work.outliers - 3].sort().values
+    for outputs in work.outputs:
+        packed = torch.randint(0, 256, (outputs, work.width // 2), generator=generator)
+        scale = torch.randint(low, high, (outputs, work.width // 32), generator=generator)
+        packed[0, :16] = 0  # a block of zeros
+        scale[0, 0] = 3
+        packed[1] = 0
+        tensors = {
+            "weight_packed": packed.to(torch.uint8),
+            "weight_scale": scale.to(torch.uint8),
+            "bias": torch.randn(outputs, generator=generator).to(work.dtype),
+        }
+        if work.branch:
+            weight = torch.randn(outputs, work.outliers, generator=generator) / 16
+            weight[:, work.outliers - 3 :] = 0
+            tensors["outlier_index"] = torch.cat([index, torch.full((3,), -1)]).int()
+            if work.branch == "fp8":
+                scales = torch.exp2(torch.randint(-9, -6, (outputs, 1), generator=generator))
+                tensors["outlier_weight"] = (weight / scales).to(torch.float8_e4m3fn)
+                tensors["outlier_weight_scale"] = scales.float()
+            else:
+                tensors["outlier_weight"] = weight.to(torch.bfloat16)
+        linears.append({name: tensor.to(device) for name, tensor in tensors.items()})
+    return linears
+
+
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+def test_linears_of_a_site_are_stacked(branch):
+    task = work(branch=branch, outliers=16 if branch else 0)
+    prepared = sm90.stack(task, layer(task))
+    assert prepared.out_features == 96
+    assert prepared.branch == branch
+    assert prepared.bricks == 2
+    assert prepared.branch_bricks == (1 if branch else 0)
+
+
+def test_fake_kernels_give_shapes_and_types():
+    task = work(branch="bf16", outliers=16)
+    module = sm90.ExactFoldLinear(task, layer(task)).to("meta")
+    for tokens in (1, 17, 300):
+        x = torch.empty(tokens, 256, dtype=torch.bfloat16, device="meta")
+        y = module(x)
+        assert y.shape == (tokens, 96)
+        assert y.dtype == torch.bfloat16
+        tiles, scales, count = module.quantize(x)
+        size = sm90_tiles.token_tile(tokens)
+        assert tiles.shape == (-(-tokens // size), size * (2 * 128 + 64))
+        assert scales.shape == (-(-tokens // size) * size, 2)
+        assert count == tokens
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory):
+    """Compiles a source for Hopper with the compiler's resource report and returns its log."""
+    try:
+        tools = jit.toolchain()
+    except jit.MissingCompiler as error:
+        pytest.skip(error.message)
+
+    def build(text: str) -> str:
+        folder = tmp_path_factory.mktemp("build")
+        (folder / jit.SOURCE).write_text(text)
+        command = jit.command_line("sm_90a", ("-Xptxas", "-v"), tools)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    return build
+
+
+def test_a_gemm_compiles_without_spills_or_serialized_wgmma(built):
+    tile = sm90_tiles.plan(24576, 4096, 16).tile
+    log = built(sm90_tiles.gemm_text(tile, "mxfp4", "bf16"))
+    assert "C75" not in log  # "wgmma.mma_async instructions are serialized"
+    assert " 0 bytes spill stores" in log
+
+
+@pytest.mark.slow
+def test_every_tile_compiles_without_serialized_wgmma(built):
+    for tile in sm90_tiles.TILES:
+        log = built(sm90_tiles.gemm_text(tile, "mxfp4", "fp8"))
+        assert "C75" not in log
+        spilled = int(log.split(" bytes spill stores")[0].split()[-1])
+        assert spilled <= 64, tile  # outside the main loop
+
+
+# ---- on the GPU
+
+HALF = {torch.bfloat16: 1.8e-3, torch.float16: 3e-4, torch.float32: 3e-4}
+
+
+def needs_hopper() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper GPU")
+
+
+def exact(task: dispatch.Work, linears, x: torch.Tensor) -> torch.Tensor:
+    """The product of the dequantized operands in float64."""
+    hadamard = task.hadamard
+    fmt = SiteFormat("mxfp4", "mxfp4", task.branch, 32, task.outliers, hadamard)
+    outs = []
+    for tensors in linears:
+        channels = None
+        if task.branch:
+            index = tensors["outlier_index"]
+            channels = index[index >= 0].long()
+        operand = reference.input_operand(x.float(), fmt, task.rule, channels)
+        weight = reference.weight_operand(tensors, fmt, torch.float32)
+        outs.append(operand.double() @ weight.double().T + tensors["bias"].double())
+    return torch.cat(outs, 1)
+
+
+def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def inputs(tokens: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    x = torch.randn(tokens, width, device="cuda") * torch.exp2(torch.randn(width, device="cuda"))
+    x[-1, :64] = 0
+    return x.to(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 13, 16, 29, 32, 61, 64, 130, 192, 257, 500])
+@pytest.mark.parametrize(
+    ("width", "outputs"), [(576, (576, 192, 192)), (1536, (576,)), (4096, (3072, 1024))]
+)
+def test_the_gemm_is_exact_up_to_its_sum(branch, tokens, width, outputs):
+    needs_hopper()
+    task = work(width, outputs, branch, 48 if branch else 0)
+    linears = layer(task, "cuda", 110, 125)
+    module = sm90.prepare(KERNEL, task, linears)
+    x = inputs(tokens, width)
+    expected = exact(task, linears, x)
+    operands = module.quantize(x)
+    for dtype, bound in HALF.items():
+        y = module.multiply(*operands, dtype)
+        assert relative_error(y, expected) <= bound, dtype
+        assert torch.equal(y, module.multiply(*operands, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [12288, 28672])
+@pytest.mark.parametrize("tokens", [3, 16, 48, 300])
+def test_long_sums_and_full_range_exponents(width, tokens):
+    needs_hopper()
+    task = work(width, (1024,))
+    linears = layer(task, "cuda", 112, 128)
+    module = sm90.prepare(KERNEL, task, linears)
+    x = inputs(tokens, width)
+    expected = exact(task, linears, x)
+    assert relative_error(module(x), expected) <= HALF[torch.bfloat16]
+    y = module.multiply(*module.quantize(x), torch.float32)
+    assert relative_error(y, expected) <= HALF[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", ["floor", "even", "ceil", "rceil"])
+@pytest.mark.parametrize("hadamard", [None, {"block": 32}, {"block": 128}])
+def test_activations_are_quantized_as_the_reference_does(rule, hadamard):
+    needs_hopper()
+    task = work(1024, (128,), "bf16", 32, rule, hadamard)
+    linears = layer(task, "cuda", 118, 124)
+    module = sm90.prepare(KERNEL, task, linears)
+    x = inputs(40, 1024)
+    assert relative_error(module(x), exact(task, linears, x)) <= HALF[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_rows_of_wide_span_are_exact_too():
+    needs_hopper()
+    task = work(1024, (192,), "bf16", 32)
+    linears = layer(task, "cuda", 118, 124)
+    linears[0]["weight_scale"][5, ::2] = 90
+    linears[0]["weight_scale"][100, 3] = 127
+    linears[0]["weight_scale"][100, 4] = 100
+    module = sm90.prepare(KERNEL, task, linears)
+    assert module.planes == 3
+    x = inputs(20, 1024)
+    assert relative_error(module(x), exact(task, linears, x)) <= HALF[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_non_finite_inputs_stay_in_their_token():
+    needs_hopper()
+    task = work(256, (64,))
+    linears = layer(task, "cuda", 118, 124)
+    module = sm90.prepare(KERNEL, task, linears)
+    x = inputs(9, 256)
+    expected = module(x)
+    x[3, 7] = torch.nan
+    x[4, 9] = torch.inf
+    y = module(x)
+    assert y[3:5, 2:].isnan().all()
+    assert torch.equal(torch.cat([y[:3], y[5:]]), torch.cat([expected[:3], expected[5:]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_cuda_graphs_and_compile(tokens):
+    needs_hopper()
+    task = work(4096, (1024,), "bf16", 128)
+    linears = layer(task, "cuda", 118, 124)
+    module = sm90.prepare(KERNEL, task, linears)
+    x = inputs(tokens, 4096)
+    expected = module(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    for _ in range(3):
+        y.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+    assert torch.equal(torch.compile(module, fullgraph=True)(x), expected)
+
+
+@pytest.mark.gpu
+def test_packed_numbers_survive_the_trip(tmp_path):
+    """Weights quantized by the format give the reference's output through the kernel."""
+    needs_hopper()
+    weight = torch.randn(256, 512, device="cuda") / 16
+    packed, scale = mxfp4.quantize(weight)
+    linears = [{"weight_packed": packed, "weight_scale": scale}]
+    task = work(512, (256,))
+    module = sm90.prepare(KERNEL, task, linears)
+    x = inputs(24, 512)
+    fmt = SiteFormat("mxfp4", "mxfp4")
+    expected = reference.packed_linear(x.float(), linears[0], fmt, "even")
+    assert relative_error(module(x), expected.double()) <= HALF[torch.bfloat16]
