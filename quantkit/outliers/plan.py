@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.safety import read_json
+from quantkit.checkpoint.safety import inside, read_json
 from quantkit.errors import InputRejected
 
 FILE = "outliers.json"
@@ -55,9 +55,9 @@ def load_plan(checkpoint: Checkpoint) -> Plan | None:
     InputRejected when it is not understood, or was made for other weights.
     """
     path = checkpoint.path / FILE
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
-    plan = parse(read_json(path), path)
+    plan = parse(read_json(inside(checkpoint.path, FILE)), path)
     if plan.weights_digest != checkpoint.weights_digest():
         raise InputRejected(
             f"{path}: the plan was made for other weights",
@@ -72,11 +72,15 @@ def parse(data: Any, path: Path) -> Plan:
         raise InputRejected(f"{path}: not a plan of this version of quantkit")
     sites, density = data.get("sites"), data.get("density", {})
     digest, group = data.get("weights_digest"), data.get("group")
+    criterion, threshold = data.get("criterion"), data.get("threshold", 5.0)
     if (
         not isinstance(sites, dict)
         or not isinstance(density, dict)
         or not isinstance(digest, str)
-        or not isinstance(group, int)
+        or type(group) is not int
+        or not 0 <= group <= 2**20
+        or not isinstance(criterion, str)
+        or type(threshold) not in (int, float)
         or not all(isinstance(value, int | float) for value in density.values())
         or not all(_ascending(channels) for channels in sites.values())
     ):
@@ -85,11 +89,11 @@ def parse(data: Any, path: Path) -> Plan:
     return Plan(
         {key: tuple(channels) for key, channels in sites.items()},
         group,
-        str(data.get("criterion")),
+        criterion,
         digest,
         statistics if isinstance(statistics, str) else None,
         density,
-        float(data.get("threshold", 5.0)),
+        float(threshold),
     )
 
 
