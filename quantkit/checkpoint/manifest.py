@@ -60,6 +60,30 @@ class Manifest:
         return next((step for step in reversed(self.steps) if step.verb == verb), None)
 
 
+def online_hadamards(manifest: Manifest | None) -> dict[str, dict[str, int] | None]:
+    """The Hadamards that earlier steps recorded for run time and packing materialises.
+
+    A step's `notes["online"]` maps site kinds or site keys to {"block": n} or {"size": n}; a key
+    beats its kind, a later step an earlier one, null takes a record back. InputRejected for
+    anything else.
+    """
+    found: dict[str, dict[str, int] | None] = {}
+    for step in manifest.steps if manifest else []:
+        online = step.notes.get("online", {})
+        if not isinstance(online, dict) or not all(map(_is_form, online.values())):
+            raise InputRejected(f"{FILE}: the online transforms of {step.verb} are not understood")
+        found.update(online)
+    return found
+
+
+def _is_form(form: object) -> bool:
+    return form is None or (
+        isinstance(form, dict)
+        and set(form) in ({"block"}, {"size"})
+        and all(type(n) is int and 0 < n < 2**31 for n in form.values())
+    )
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """Read `quantkit.json` of a checkpoint folder; None without one, InputRejected when bad."""
     path = folder / FILE

@@ -202,7 +202,9 @@ def _answers(subject: Subject, selection: tasks.Selection, plan: Plan) -> scores
     from transformers import AutoTokenizer
 
     assert plan.questions is not None
-    tokenizer = AutoTokenizer.from_pretrained(subject.path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        subject.path, local_files_only=True, trust_remote_code=False
+    )
     if plan.questions.chat_template and tokenizer.chat_template is None:
         raise UsageError(f"{subject.path} has no chat template")
     log = subject.cache("answers.jsonl")

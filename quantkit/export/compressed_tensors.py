@@ -198,8 +198,15 @@ def _match(
 
 def _is_target(module: str, target: str) -> bool:
     if target.startswith("re:"):
+        pattern = target[3:]
+        # A stranger's pattern may take exponential time to fail: repeated groups, many stars.
+        endless = re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+]|\{", pattern)) > 4
         try:
-            return re.match(target[3:], module) is not None
+            if endless or len(pattern) > 500:
+                raise re.error("too costly")
+            return re.match(pattern, module) is not None
         except re.error:
-            raise InputRejected(f"quantization_config: {target[:60]!r} is no pattern") from None
+            raise InputRejected(
+                f"quantization_config: {target[:60]!r} is no pattern to match"
+            ) from None
     return target in ("Linear", module)

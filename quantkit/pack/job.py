@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit import console
-from quantkit.checkpoint.manifest import Manifest
+from quantkit.checkpoint.manifest import online_hadamards
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import InputRejected, UsageError
 from quantkit.formats import nvfp4
@@ -142,20 +142,6 @@ def _check_channels(plan: Plan, separated: list[Site], source: Checkpoint) -> No
                 f"{source.path / PLAN_FILE}: {site.key} has no channel {channels[-1]}",
                 f"make it again: quantkit separate-outliers {source.path}",
             )
-
-
-def online_hadamards(manifest: Manifest | None) -> dict[str, Mapping[str, int] | None]:
-    """The online Hadamards that earlier steps recorded and packing materialises.
-
-    A step's `notes["online"]` maps site kinds or site keys to {"block": n} or {"size": n}; a key
-    beats its kind, a later step an earlier one, null takes a record back.
-    """
-    found: dict[str, Mapping[str, int] | None] = {}
-    for step in manifest.steps if manifest else []:
-        online = step.notes.get("online")
-        if isinstance(online, dict):
-            found.update(online)
-    return found
 
 
 def _site_format(

@@ -9,6 +9,7 @@ import torch
 
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.source import resolve
+from quantkit.errors import InputRejected, QuantkitError
 from quantkit.model.families import make_known
 from quantkit.pack.scheme import METHOD, Scheme, from_json
 from quantkit.runtime.site import prepare
@@ -33,17 +34,29 @@ def load(
     checkpoint = open_checkpoint(path)
     make_known(checkpoint.config.get("model_type"))
     scheme = scheme_of(checkpoint)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if scheme is not None:
-        config.quantization_config = scheme.to_json()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype or "auto",
-        device_map={"": torch.device(device)},
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if scheme is not None:
+            config.quantization_config = scheme.to_json()
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            device_map={"": torch.device(device)},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (QuantkitError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a configuration that fits nothing sets off
+        raise InputRejected(
+            f"{path}: transformers cannot load it: {type(error).__name__}: {error}",
+            "config.json does not fit the weights",
+        ) from error
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights
+        raise InputRejected(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
     if torch.device(device).type == "cuda":
         prepare(model, model.dtype)
     return model.eval()

@@ -25,6 +25,7 @@ from quantkit import console
 from quantkit.calibrate import store
 from quantkit.calibrate.hidden import write_durably
 from quantkit.calibrate.layerwise import choose_device
+from quantkit.checkpoint.manifest import online_hadamards
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.step import OpenStep, Target, begin_step, open_source, output_of
 from quantkit.data.tokens import TokenBatch, load_tokens
@@ -256,12 +257,8 @@ class _Run:
 
 def recorded_hadamards(source: Checkpoint) -> dict[str, int]:
     """Sizes of the online Hadamards that earlier steps recorded, by site kind or key."""
-    found: dict[str, int] = {}
-    for step in source.manifest.steps if source.manifest else []:
-        online = step.notes.get("online")
-        for key, form in (online if isinstance(online, dict) else {}).items():
-            found[key] = next(iter(form.values())) if form else 1
-    return found
+    forms = online_hadamards(source.manifest)
+    return {key: next(iter(form.values())) if form else 1 for key, form in forms.items()}
 
 
 def _check(options: SmoothOptions) -> None:

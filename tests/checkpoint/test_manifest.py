@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.checkpoint.manifest import Manifest, Step, combine_digests, read_manifest
+from quantkit.checkpoint.manifest import (
+    Manifest,
+    Step,
+    combine_digests,
+    online_hadamards,
+    read_manifest,
+)
 from quantkit.errors import InputRejected
 
 
@@ -59,3 +65,20 @@ def test_digest_is_literally_this() -> None:
     # sha256 of '["a", "BF16", [1, 2], "00"]\n["b", "U8", [2], "11"]\n'
     expected = "08d9acef1fe7c5ae7e9ed8716a86abb316e4d876799d371a927d2ad3eb824265"
     assert combine_digests(weights) == expected
+
+
+def test_online_transforms_of_later_steps_win() -> None:
+    first = Step("rotate", notes={"online": {"mlp_out": {"size": 64}, "attn_out": {"block": 32}}})
+    manifest = Manifest(
+        [first, Step("smooth"), Step("rotate", notes={"online": {"mlp_out": None}})]
+    )
+    assert online_hadamards(manifest) == {"mlp_out": None, "attn_out": {"block": 32}}
+    assert online_hadamards(None) == {}
+
+
+@pytest.mark.parametrize(
+    "online", [[], 3, {"a": 3}, {"a": {"size": 0}}, {"a": {"x": 2}}, {"a": {"size": True}}], ids=str
+)
+def test_online_transforms_that_are_none_are_rejected(online: object) -> None:
+    with pytest.raises(InputRejected, match="online transforms"):
+        online_hadamards(Manifest([Step("rotate", notes={"online": online})]))
