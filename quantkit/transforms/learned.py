@@ -71,7 +71,7 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
     The loss is the squared output error of a batch of the fitted tokens; the held tokens decide
     which step is kept and when to stop. theta is centred and clamped after every step.
     """
-    x, w, tie = problem.x, problem.w, problem.tie
+    x, w, tie = problem.x.bfloat16(), problem.w.bfloat16(), problem.tie
     generator = torch.Generator().manual_seed(training.seed)
     initial = torch.zeros(x.shape[1], device=x.device) if start is None else start.log().float()
     theta = _fold(initial, tie).clone().requires_grad_()
@@ -99,19 +99,18 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
 
 def _accumulate(x: Tensor, w: Tensor, theta: Tensor, problem: Problem, kept: Tensor | None) -> None:
     """Add the gradient of the squared error over tokens x to theta's, a tile of them at a time."""
-    # NOTE: the products run in bfloat16, whose rounding (2^-9) is small next to that of four bits
+    # NOTE: all of this runs in bfloat16, whose rounding (2^-9) is small next to that of four bits
     # and only perturbs the gradient; the errors that choose a scale are computed in float32.
     sim, log_s = problem.simulation, _unfold(theta, problem.tie)
-    rest = w if kept is None else w * kept  # the branch is exact: no part of the error
-    half = rest.bfloat16()
-    w_hat = straight_through(sim.transform(rest * log_s.exp()), sim.weights, sim.rule).bfloat16()
+    rest = w if kept is None else w * kept.to(w.dtype)  # the branch is exact: no part of the error
+    w_hat = straight_through(sim.transform(rest * log_s.exp().to(w.dtype)), sim.weights, sim.rule)
     leaf = w_hat.detach().requires_grad_()
     inverse = (-log_s).exp() if kept is None else (-log_s).exp() * kept
     shrink = inverse.detach().requires_grad_()
     for part in x.split(max(TILE.get(x.device.type, len(x) * w.shape[1]) // w.shape[1], 32)):
-        x_hat = straight_through(sim.transform(part.float() * shrink), sim.activations, sim.rule)
-        exact = part.bfloat16() @ half.T
-        (x_hat.bfloat16() @ leaf.T - exact).float().square().sum().backward()
+        smoothed = sim.transform(part * shrink.to(part.dtype))
+        x_hat = straight_through(smoothed, sim.activations, sim.rule)
+        (x_hat @ leaf.T - part @ rest.T).float().square().sum().backward()
     torch.autograd.backward([w_hat, inverse], [leaf.grad, shrink.grad])
 
 

@@ -60,10 +60,15 @@ def tail_quantile(tail: Tensor, count: int, q: float) -> Tensor:
             f"the statistics hold {tail.shape[0]}",
             f"use --quantile {math.ceil(lowest * 1e4) / 1e4} or more",
         )
-    ordered = tail.double().sort(0, descending=True).values
-    fraction = position - math.floor(position)
-    low, high = ordered[rank], ordered[max(rank - 1, 0)]
-    return (low + fraction * (high - low)).to(tail.dtype)
+    return _between(tail.sort(0, descending=True).values, count, q)
+
+
+def _between(ordered: Tensor, count: int, q: float) -> Tensor:
+    """The q-quantile from the largest values in descending order."""
+    position = q * (count - 1)
+    rank = count - 1 - math.floor(position)
+    low, high = ordered[rank].double(), ordered[max(rank - 1, 0)].double()
+    return (low + (position - math.floor(position)) * (high - low)).to(ordered.dtype)
 
 
 def floored_quantile(quantile: Tensor, absmax: Tensor) -> Tensor:
@@ -74,8 +79,9 @@ def floored_quantile(quantile: Tensor, absmax: Tensor) -> Tensor:
 def quantiles_of(x: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     """Exact quantiles of |x| per channel: [len(quantiles), width] for x [tokens, width]."""
     keep = min(len(x), math.ceil((1 - min(quantiles)) * len(x)) + 2)
-    tail = torch.cat([part.abs().float().topk(keep, 0).values for part in x.split(512, 1)], 1)
-    return torch.stack([tail_quantile(tail, len(x), q) for q in quantiles])
+    tails = [part.T.contiguous().abs().topk(keep, 1).values.T for part in x.split(512, 1)]
+    ordered = torch.cat(tails, 1).float()
+    return torch.stack([_between(ordered, len(x), q) for q in quantiles])
 
 
 @dataclass(frozen=True)
