@@ -38,7 +38,7 @@ def load(
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if scheme is not None:
             config.quantization_config = scheme.to_json()
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",
@@ -55,6 +55,7 @@ def load(
             f"{path}: transformers cannot load it: {type(error).__name__}: {error}",
             "config.json does not fit the weights",
         ) from error
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):  # transformers would go on with random weights
         raise InputRejected(f"{path}: {len(missing)} tensors are missing, first {missing[0]}")
     if torch.device(device).type == "cuda":
