@@ -8,6 +8,7 @@ import pytest
 
 from quantkit import cli, console
 from tests import workspace as workspaces
+from tests.tiny import calibrate_tiny
 from tests.workspace import Done, Shell, Workspace
 
 
@@ -47,3 +48,15 @@ def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return Done(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 2 layers in bfloat16 with statistics; not to be changed."""
+    return calibrate_tiny(tmp_path_factory.mktemp("calibrated"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps note their output in the working folder: keep that out of the repository."""
+    monkeypatch.chdir(tmp_path)

@@ -73,3 +73,20 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=alphabet[1], eos_token=alphabet[2]
     )
+
+
+def calibrate_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A tiny bfloat16 model with statistics: `folder/model` calibrated to `folder/calibrated`."""
+    from safetensors.torch import save_file
+
+    from quantkit.calibrate.layerwise import Options, calibrate
+    from quantkit.checkpoint.step import Target
+
+    dtype = changes.pop("dtype", torch.bfloat16)
+    source = save_tiny(folder / "model", family, dtype, **changes)
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(3, VOCAB, (8, 64), generator=generator)
+    save_file({"ids": ids}, folder / "tokens.safetensors")
+    options = Options(f"{folder / 'tokens.safetensors'}:ids", samples=8, device="cpu")
+    calibrate(source, options, Target(folder / "calibrated"))
+    return folder / "calibrated"

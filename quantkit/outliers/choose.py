@@ -48,6 +48,6 @@ def choose(
         chosen[site.key] = tuple(channels.tolist())
         of_groups = statistics.density(site.key, group)
         if not bool(of_groups.isnan().all()):
-            density[site.key] = float(of_groups.nanmean())
+            density[site.key] = round(float(of_groups.nanmean()), 6)
     digest = checkpoint.weights_digest()
     return Plan(chosen, group, criterion, digest, statistics.digest, density)

@@ -44,7 +44,7 @@ class Plan:
             f"  {json.dumps(key)}: {json.dumps(list(channels))}"
             for key, channels in self.sites.items()
         )
-        density = {key: round(value, 6) for key, value in self.density.items()}
+        density = dict(self.density)
         lines += [f'"density": {json.dumps(density)},', f'"sites": {{\n{rows}\n}}']
         return ("{\n" + "\n".join(lines) + "\n}\n").encode()
 
@@ -82,6 +82,7 @@ def parse(data: Any, path: Path) -> Plan:
         or not isinstance(criterion, str)
         or type(threshold) not in (int, float)
         or not all(isinstance(value, int | float) for value in density.values())
+        or not isinstance(data.get("threshold", 5.0), int | float)
         or not all(_ascending(channels) for channels in sites.values())
     ):
         raise InputRejected(f"{path}: not a plan of quantkit")
