@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkit.transforms.scales import Problem, centred
+from quantkit.transforms.scales import ROWS, Problem, centred
 from quantkit.transforms.simulate import straight_through
 
 TILE = {"cpu": 1 << 18}  # elements worked on at a time: what the cache holds; else a whole batch
@@ -68,8 +68,8 @@ def learn(problem: Problem, starts: dict[str, Tensor | None], training: Training
 def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple[Tensor, int]:
     """One run of AdamW with a cosine schedule; returns the best scale seen and the steps taken.
 
-    The loss is the squared output error of a batch of the fitted tokens; the held tokens decide
-    which step is kept and when to stop. theta is centred and clamped after every step.
+    The loss is the squared output error of a batch of the fitted tokens at random outputs; the held
+    tokens decide which step is kept and when to stop. theta is centred and clamped at every step.
     """
     x, w, tie = problem.x.bfloat16(), problem.w.bfloat16(), problem.tie
     generator = torch.Generator().manual_seed(training.seed)
@@ -87,10 +87,11 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
                 best_theta, best_error, best_step = theta.detach().clone(), error, step
             if step - best_step >= training.patience or step == training.steps:
                 break
-        rows = torch.randint(len(x), (min(training.batch, len(x)),), generator=generator)
+        chosen = torch.randint(len(x), (min(training.batch, len(x)),), generator=generator)
+        outputs = torch.randperm(len(w), generator=generator)[:ROWS]
         optimizer.param_groups[0]["lr"] = training.learning_rate * _schedule(step, training)
         optimizer.zero_grad(set_to_none=True)
-        _accumulate(x[rows.to(x.device)], w, theta, problem, kept)
+        _accumulate(x[chosen.to(x.device)], w[outputs.to(w.device)], theta, problem, kept)
         optimizer.step()
         with torch.no_grad():
             theta.copy_(centred(theta))
