@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from quantkit import console
 from quantkit.calibrate import store
+from quantkit.calibrate.accumulators import GROUPS
+from quantkit.calibrate.layerwise import ALPHA
 from quantkit.checkpoint.step import OpenStep
 
 # How a statistic of x becomes that of x / s: the power of 1/s it is multiplied by.
@@ -16,14 +19,19 @@ POWERS = {"mean": 1, "abs_mean": 1, "absmax": 1, "tail": 1, "energy": 2, "m2": 2
 
 
 def carry_statistics(
-    step: OpenStep, scales: Mapping[str, Tensor], dropped: Set[str] = frozenset()
+    step: OpenStep,
+    scales: Mapping[str, Tensor],
+    dropped: Set[str] = frozenset(),
+    counts: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> str | None:
     """Write the statistics of the step's output; returns their digest, None without statistics.
 
     Sites in `scales` had their channels divided by s [width]: moments, sums, maxima and tails
-    follow exactly; the counts of group maxima (hits, qualify) cannot and are left out. Sites in
-    `dropped` changed in another way and lose everything. Call it when every tensor is written.
+    follow exactly; the counts of group maxima (hits, qualify) cannot, and are taken from `counts`
+    (see `counted`) or left out. Sites in `dropped` changed in another way and lose everything.
+    Call it when every tensor is written.
     """
+    counts = counts or {}
     plan = step.source.path / "outliers.json"
     if plan.exists():
         console.warn(
@@ -41,26 +49,54 @@ def carry_statistics(
         found = {name: statistics.get(key, name.rpartition("/")[2]) for name in names}
         if key in scales:
             found = rescaled(found, scales[key])
+            found |= {f"{key}/{name}": tensor for name, tensor in counts.get(key, {}).items()}
         part = step.writer.scratch / f"carried-{i:05d}.safetensors"
         part.write_bytes(save({name: t.contiguous() for name, t in found.items()}))
         parts.append(part)
     if not parts:
         console.note("statistics: every site changed, none are kept; calibrate again for more")
         return None
-    without = sorted(set(scales) & set(statistics.keys()))
+    changed = set(scales) & set(statistics.keys())
+    without = changed - set(counts)
     meta = dict(statistics.meta) | {
         "weights_digest": step.writer.weights_digest(),
-        "carried": {"rescaled": len(without), "dropped": len(dropped)},
+        "carried": {"rescaled": len(changed), "recounted": len(changed - without)}
+        | {"dropped": len(dropped)},
     }
     step.writer.write_file(store.FILE, store.combine(parts, meta))
+    if changed:
+        console.note(f"statistics: rescaled exactly for {len(changed)} sites")
+    if changed - without:
+        console.note("their counts of group maxima are new, from the tokens this step ran")
     if without:
         console.note(
-            f"statistics: rescaled for {len(without)} sites; their counts of group maxima cannot "
-            "be: calibrate again before separating outliers"
+            f"the counts of group maxima of {len(without)} sites cannot be rescaled and are left "
+            "out: calibrate again before separating outliers"
         )
     if dropped:
         console.note(f"statistics: dropped for {len(dropped)} sites whose inputs were rotated")
     return store.open_statistics(step.writer.side_file(store.FILE)).digest
+
+
+def counted(x: Tensor) -> dict[str, Tensor]:
+    """`hits` and `qualify` of inputs x [tokens, width] for every group size, as calibration counts.
+
+    How often a channel was the maximum of its group and above five times the mean |x|.
+    """
+    magnitude = x.abs().float()
+    threshold = ALPHA * float(magnitude.mean(dtype=torch.float64))
+    found = {}
+    for group in GROUPS:
+        blocks = torch.nn.functional.pad(magnitude, (0, -x.shape[1] % group)).unflatten(
+            -1, (-1, group)
+        )
+        top, place = blocks.max(-1)
+        channel = place + torch.arange(blocks.shape[1], device=x.device) * group
+        above = top > threshold
+        hits = torch.bincount(channel[above], minlength=blocks.shape[1] * group)
+        found[f"hits{group}"] = hits[: x.shape[1]].cpu()
+        found[f"qualify{group}"] = above.sum(0).cpu()
+    return found
 
 
 def rescaled(found: Mapping[str, Tensor], s: Tensor) -> dict[str, Tensor]:

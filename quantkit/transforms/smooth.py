@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quantkit import console
@@ -152,7 +152,7 @@ def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target
             config = {k: v for k, v in source.config.items() if k != "torch_dtype"}
             text = json.dumps(config | {"dtype": options.dtype}, indent=2)
             step.writer.write_file("config.json", (text + "\n").encode())
-        digest = carry.carry_statistics(step, scales)
+        digest = carry.carry_statistics(step, scales, counts=run.counts())
         report = {key: decision.record() for key, decision in decisions.items()}
         step.writer.write_file(REPORT, (json.dumps(report, indent=1) + "\n").encode())
         step.notes |= {"smoothed": len(scales), "sites": len(decisions)}
@@ -216,8 +216,18 @@ class _Run:
             observed=observed,
             statistics=self.statistics,
         )
-        self._keep(site.key, decision)
+        self._keep(site.key, decision, observed)
         return decision
+
+    def counts(self) -> dict[str, dict[str, Tensor]]:
+        """The counts of group maxima of the sites whose smoothed inputs were seen."""
+        found = {}
+        for site in self.sites:
+            tensors = load_file(self._path(site.key))
+            tensors.pop("scale", None)
+            if tensors:
+                found[site.key] = tensors
+        return found
 
     def simulation(self, site: Site) -> Simulation:
         """What packing will do to the site's operands."""
@@ -240,8 +250,13 @@ class _Run:
     def _path(self, key: str) -> Path:
         return self.step.writer.scratch / f"{key}.safetensors"
 
-    def _keep(self, key: str, decision: Decision) -> None:
-        tensors = {} if decision.scale is None else {"scale": decision.scale.contiguous()}
+    def _keep(self, key: str, decision: Decision, observed: Observed | None) -> None:
+        tensors = {}
+        if decision.scale is not None:
+            tensors["scale"] = decision.scale.contiguous()
+            if observed is not None and self.statistics is not None:
+                scale = decision.scale.to(observed.fit.device)
+                tensors |= carry.counted(torch.cat([observed.fit, observed.held]) / scale)
         data = save(tensors, {"decision": json.dumps(decision.record())})
         write_durably(self._path(key), data)
 
@@ -251,7 +266,7 @@ class _Run:
             return None
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
-            scale: Tensor | None = file.get_tensor("scale") if names else None
+            scale: Tensor | None = file.get_tensor("scale") if "scale" in names else None
             return Decision(scale, **json.loads(file.metadata()["decision"]))
 
 

@@ -127,6 +127,21 @@ def test_statistics_follow_the_scales(tmp_path: Path) -> None:
             assert torch.equal(carried.get(key, "hits32"), measured.get(key, "hits32"))
 
 
+def test_counts_of_group_maxima_are_new_where_tokens_were_run(tmp_path: Path) -> None:
+    # Wide enough for groups of 32 to mean something; the same tokens for both, so equal counts.
+    source = save_tiny(tmp_path / "model", "llama", torch.float32, intermediate_size=160)
+    data = token_file(tmp_path, samples=8)
+    before = calibrated(source, tmp_path / "calibrated", data)
+    output = run(before, tmp_path / "out", data, method=Method("max", 0.9))
+    measured = store.load_statistics(open_checkpoint(calibrated(output, tmp_path / "again", data)))
+    carried = store.load_statistics(open_checkpoint(output))
+    for site in _layout(source).sites:
+        for group in (32, 64, 128):
+            for name in (f"hits{group}", f"qualify{group}"):
+                a, b = carried.get(site.key, name), measured.get(site.key, name)
+                assert (a - b).abs().sum() <= 0.01 * b.sum() + 2, (site.key, name)
+
+
 def test_a_plan_made_before_smoothing_is_left_out_and_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
