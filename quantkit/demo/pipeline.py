@@ -92,7 +92,7 @@ def _evaluate(checkpoint: Path, model: Path, options: Options) -> dict[str, Any]
 def summary(
     model: Path, reports: dict[str, dict[str, Any]], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """The rows of the final table, and the share of the loss that separation recovers."""
+    """The rows of the final table, and the share of mxfp4's loss that osc recovers."""
     first = next(iter(reports.values()))
     rows = [
         {
@@ -142,7 +142,7 @@ def as_text(found: dict[str, Any]) -> str:
         [
             console.table(headers, rows),
             f"on {found['data']}",
-            f"separating outliers recovers {found['recovered_percent']:.0f} % of what rounding "
-            f"to 4 bits loses; {total:.0f} s in all, on {found['device']}",
+            f"osc recovers {found['recovered_percent']:.0f} % of what mxfp4 loses; "
+            f"{total:.0f} s in all, on {found['device']}",
         ]
     )

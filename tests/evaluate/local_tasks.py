@@ -75,3 +75,18 @@ def write_mmlu(folder: Path, per_subject: int = 2, subjects: int = 3) -> Path:
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def directly(model: Any, selection: Any) -> dict[str, list[dict[str, Any]]]:
+    """lm-eval's own samples by task: its harness and its model class, nothing of ours between."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from tests.tiny import tiny_tokenizer
+
+    for task in selection.tasks.values():
+        task.set_fewshot_seed(seed=1234)
+    loaded = {"tasks": selection.tasks, "groups": {}, "group_map": {}}
+    lm = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=1)
+    samples: dict[str, list[dict[str, Any]]] = evaluate(lm, loaded, bootstrap_iters=0)["samples"]
+    return samples

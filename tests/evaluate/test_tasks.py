@@ -18,7 +18,7 @@ from quantkit.data import hub
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evaluate import lm, scores, task_data, tasks
 from quantkit.evaluate.request_log import RequestLog
-from tests.evaluate.local_tasks import mmlu_questions, write_arc, write_mmlu
+from tests.evaluate.local_tasks import directly, mmlu_questions, write_arc, write_mmlu
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
@@ -45,19 +45,12 @@ def ask(
 def test_choices_are_those_of_lm_eval_called_directly(
     folder: Path, model: Any, tmp_path: Path
 ) -> None:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
     selection = tasks.select(["arc", "mmlu"], folder, tmp_path)
     ours = ask(model, selection, tmp_path / "log.jsonl")
     again = tasks.select(["arc", "mmlu"], folder, tmp_path)
-    direct = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=1),
-        tasks=list(again.tasks.values()),
-        bootstrap_iters=0,
-    )
-    assert set(ours.choices) == set(direct["samples"])
-    for task, samples in direct["samples"].items():
+    direct = directly(model, again)
+    assert set(ours.choices) == set(direct)
+    for task, samples in direct.items():
         theirs = sorted(samples, key=lambda s: s["doc_id"])
         assert ours.prompts[task] == [s["prompt_hash"] for s in theirs]
         chosen = [max(range(4), key=lambda c: s["filtered_resps"][c][0]) for s in theirs]
