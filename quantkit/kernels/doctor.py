@@ -123,7 +123,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _cache(path: Path) -> dict[str, Any]:
-    entries = [entry for entry in path.glob("*") if entry.is_dir()] if path.is_dir() else []
+    entries = [entry for entry in path.glob("[!.]*") if entry.is_dir()]  # no build under way
     kinds = {"failed": 0, "corrupt": 0, "kernels": 0}
     size = 0
     for entry in entries:

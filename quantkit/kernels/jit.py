@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit import console
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, one_line
 
 DEVICE_CODE = Path(__file__).parent
 LIBRARY, SOURCE, COMMAND, LOG, SEAL = (
@@ -54,7 +54,11 @@ class MissingCompiler(QuantkitError):
 
 
 class CompileError(QuantkitError):
-    """nvcc refused a kernel source."""
+    """nvcc refused a kernel source; the hint has one line for each of the command and the log."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = "\n".join(one_line(line) for line in hint.splitlines())
 
 
 @dataclass(frozen=True)
@@ -187,9 +191,12 @@ def compile(source: str, name: str, arch: str, flags: Sequence[str] = ()) -> Pat
         return entry / LIBRARY
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry.with_name(entry.name + ".lock")):
+        with _locked(entry.with_name(entry.name + ".lock")) as alone:
             if not is_valid(entry):  # another process may have built it while this one waited
                 _set_aside(entry)
+                if alone:  # what a killed build left
+                    for left in entry.parent.glob(f".{entry.name}.*"):
+                        shutil.rmtree(left, ignore_errors=True)
                 _build(entry, source, name, arch, flags, tools)
     except PermissionError as error:
         raise QuantkitError(
@@ -277,8 +284,11 @@ def _set_aside(entry: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; without lock support, go on: the rename is still safe."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on `path`, or yield False where locks do not work.
+
+    Then a kernel may be built twice; the rename keeps that safe.
+    """
     import fcntl
 
     with path.open("w") as handle:
@@ -286,7 +296,9 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             console.warn(f"no file lock on {path} ({error.strerror}): a kernel may be built twice")
-        yield
+            yield False
+        else:
+            yield True
 
 
 def _sha256(path: Path) -> str:

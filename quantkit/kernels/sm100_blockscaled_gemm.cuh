@@ -14,10 +14,16 @@ struct Sm100BlockScaledGemm {
   using Tile = cute::Shape<cute::Int<OutputTile>, cute::Int<TokenTile>, cute::Int<KTile>>;
   using CtaTile = cute::Shape<cute::_128, cute::Int<TokenTile>, cute::Int<KTile>>;
   using Cluster = cute::Shape<cute::Int<Sms>, cute::_1, cute::_1>;
-  using type = BlockScaledGemm<
-      cutlass::arch::Sm100, Weights, Tokens, Output, Branch, Tile, Cluster, CtaTile,
-      cutlass::gemm::collective::KernelScheduleAuto,
-      cutlass::epilogue::collective::EpilogueScheduleAuto>;
+  // The widest tile with an FP32 branch leaves no shared memory to the main loop unless the
+  // epilogue works in narrow strips.
+  using EpilogueTile =
+      cute::conditional_t<TokenTile == 256, cute::Shape<cute::_128, cute::_32>,
+                          cutlass::epilogue::collective::EpilogueTileAuto>;
+  using EpilogueSchedule =
+      cute::conditional_t<Sms == 2, cutlass::epilogue::TmaWarpSpecialized2Sm,
+                          cutlass::epilogue::TmaWarpSpecialized1Sm>;
+  using type = BlockScaledGemm<cutlass::arch::Sm100, Weights, Tokens, Output, Branch, Tile, Cluster,
+                               CtaTile, EpilogueTile, EpilogueSchedule>;
 };
 
 }  // namespace quantkit

@@ -10,10 +10,9 @@ template <class Weights, class Tokens, class Output, bool Branch, int OutputTile
 struct Sm120BlockScaledGemm {
   using Tile = cute::Shape<cute::Int<OutputTile>, cute::Int<TokenTile>, cute::Int<KTile>>;
   using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
-  using type = BlockScaledGemm<
-      cutlass::arch::Sm120, Weights, Tokens, Output, Branch, Tile, Cluster, Tile,
-      cutlass::gemm::collective::KernelScheduleAuto,
-      cutlass::epilogue::collective::EpilogueScheduleAuto>;
+  using type = BlockScaledGemm<cutlass::arch::Sm120, Weights, Tokens, Output, Branch, Tile, Cluster,
+                               Tile, cutlass::epilogue::collective::EpilogueTileAuto,
+                               cutlass::epilogue::collective::EpilogueScheduleAuto>;
 };
 
 }  // namespace quantkit

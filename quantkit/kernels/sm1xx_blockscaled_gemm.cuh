@@ -77,9 +77,9 @@ struct ScaleAddBranch {
   }
 };
 
-// Tile: MMA tile (outputs, tokens, k). Pair: two SMs share one MMA (sm100 only).
+// Tile: MMA tile (outputs, tokens, k), of one SM or of the pair that shares an MMA (sm100).
 template <class Arch, class Weights, class Tokens, class Output, bool Branch, class Tile,
-          class Cluster, class CtaTile, class MainloopSchedule, class EpilogueSchedule>
+          class Cluster, class CtaTile, class EpilogueTile, class EpilogueSchedule>
 struct BlockScaledGemm {
   using ElementC = cute::conditional_t<Branch, float, void>;
   using LayoutD = cutlass::layout::ColumnMajor;
@@ -93,7 +93,7 @@ struct BlockScaledGemm {
 
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       Arch, cutlass::arch::OpClassBlockScaledTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+      EpilogueTile, float, float,
       ElementC, LayoutD, 4, Output, LayoutD, 8,
       EpilogueSchedule, typename Epilogue::Tree>::CollectiveOp;
 
@@ -104,7 +104,7 @@ struct BlockScaledGemm {
       float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<
           static_cast<int>(sizeof(typename CollectiveEpilogue::SharedStorage))>,
-      MainloopSchedule>::CollectiveOp;
+      cutlass::gemm::collective::KernelScheduleAuto>::CollectiveOp;
 
   using Kernel = cutlass::gemm::kernel::GemmUniversal<
       cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue, void>;

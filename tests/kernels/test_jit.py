@@ -136,7 +136,9 @@ def test_a_killed_build_leaves_nothing_that_counts(nvcc: Path, tmp_path: Path) -
     process.wait()
     entry = jit.entry_for("int a;", "kernel", "sm_90a")
     assert not entry.exists()
+    assert list(entry.parent.glob(".*")), "the killed build's private folder"
     assert jit.compile("int a;", "kernel", "sm_90a").read_text() == "int a;"
+    assert not list(entry.parent.glob(".*"))
 
 
 def test_a_failing_source_shows_command_and_log(nvcc: Path, tmp_path: Path) -> None:
@@ -146,6 +148,7 @@ def test_a_failing_source_shows_command_and_log(nvcc: Path, tmp_path: Path) -> N
     hint = caught.value.hint or ""
     assert str(nvcc) in hint
     assert "-DX=1" in hint
+    assert hint.splitlines()[-1].strip() == "kernel.cu(1): error: a mistake"
     kept = Path(re.search(r"^in (\S+) the command", hint).group(1))  # type: ignore[union-attr]
     assert "a mistake" in (kept / jit.LOG).read_text()
     # The kept command runs again, as it stands, in the kept folder.
