@@ -50,6 +50,7 @@ class ActivationArguments(ctypes.Structure):
         ("token_tile_bytes", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("m", "k", "tile", "bricks", "branch_columns")),
         *((name, ctypes.c_int) for name in ("branch_fp8", "carry", "hadamard")),
+        ("gated", ctypes.c_int),
     )
 
 
@@ -115,10 +116,14 @@ class ExactFoldLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(*self.quantize(x), x.dtype)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """x [M, K]: token tiles, token scales, M."""
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """forward(silu(gate) * up) of gate_up [M, 2 K] without that product in memory."""
+        return self.multiply(*self.quantize(gate_up, gated=True), gate_up.dtype)
+
+    def quantize(self, x: Tensor, gated: bool = False) -> tuple[Tensor, Tensor, int]:
+        """x [M, K] (gated: [M, 2 K]): token tiles, token scales, M."""
         tokens, scales = quantize_tokens(
-            x, self.keep, self.outlier_index, self.branch == "fp8", self.carry, self.hadamard
+            x, self.keep, self.outlier_index, self.branch == "fp8", self.carry, self.hadamard, gated
         )
         return tokens, scales, len(x)
 
@@ -196,29 +201,38 @@ def token_bytes(tile: int, width: int, branch_bricks: int) -> int:
     return tile * (-(-width // COLUMNS) * 128 + branch_bricks * 64)
 
 
-def _allocate(x: Tensor, index: Tensor | None, fp8: bool) -> tuple[Tensor, Tensor]:
+def _allocate(x: Tensor, index: Tensor | None, fp8: bool, gated: bool) -> tuple[Tensor, Tensor]:
+    width = x.shape[1] // 2 if gated else x.shape[1]
     branch = 0 if index is None else len(index) // BRANCH_COLUMNS["fp8" if fp8 else "bf16"]
     tile = sm90_tiles.token_tile(len(x))
     tiles = -(-len(x) // tile)
     return (
-        x.new_empty(tiles, token_bytes(tile, x.shape[1], branch), dtype=torch.uint8),
+        x.new_empty(tiles, token_bytes(tile, width, branch), dtype=torch.uint8),
         x.new_empty(tiles * tile, 2, dtype=torch.float32),
     )
 
 
 @torch.library.custom_op("quantkit::sm90_quantize", mutates_args=())
 def quantize_tokens(
-    x: Tensor, keep: Tensor | None, index: Tensor | None, fp8: bool, carry: int, hadamard: int
+    x: Tensor,
+    keep: Tensor | None,
+    index: Tensor | None,
+    fp8: bool,
+    carry: int,
+    hadamard: int,
+    gated: bool,
 ) -> tuple[Tensor, Tensor]:
     """Quantize x [M, K] into token tiles [tiles, bytes] and token scales float32 [tokens, 2].
 
     `index` are the branch's channels, `keep` the mask of the others; `fp8` says the branch's type.
+    `gated`: x [M, 2 K] holds gate and up, and silu(gate) * up is quantized.
     """
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    tokens, scales = _allocate(x, index, fp8)
+    tokens, scales = _allocate(x, index, fp8, gated)
     if len(x) == 0:
         return tokens, scales
+    width = x.shape[1] // 2 if gated else x.shape[1]
     args = ActivationArguments(
         x=x.data_ptr(),
         keep=None if keep is None else keep.data_ptr(),
@@ -227,13 +241,14 @@ def quantize_tokens(
         token_scales=scales.data_ptr(),
         token_tile_bytes=tokens.shape[1],
         m=len(x),
-        k=x.shape[1],
+        k=width,
         tile=sm90_tiles.token_tile(len(x)),
-        bricks=-(-x.shape[1] // COLUMNS),
+        bricks=-(-width // COLUMNS),
         branch_columns=0 if index is None else len(index),
         branch_fp8=fp8,
         carry=carry,
         hadamard=hadamard,
+        gated=gated,
     )
     dtype = "bf16" if x.dtype == torch.bfloat16 else "fp16"
     library = jit.load(sm90_tiles.activation_text(dtype), "sm90_activation", ARCH)
@@ -243,9 +258,15 @@ def quantize_tokens(
 
 @quantize_tokens.register_fake
 def _(
-    x: Tensor, keep: Tensor | None, index: Tensor | None, fp8: bool, carry: int, hadamard: int
+    x: Tensor,
+    keep: Tensor | None,
+    index: Tensor | None,
+    fp8: bool,
+    carry: int,
+    hadamard: int,
+    gated: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _allocate(x, index, fp8)
+    return _allocate(x, index, fp8, gated)
 
 
 @torch.library.custom_op("quantkit::sm90_gemm", mutates_args=())

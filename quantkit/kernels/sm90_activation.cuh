@@ -12,7 +12,7 @@ namespace quantkit::sm90 {
 
 // Mirrored by sm90.py (ActivationArguments).
 struct ActivationArguments {
-  void const* x;             // [m, k], 16 bits an element
+  void const* x;             // [m, k], 16 bits an element; gated: [m, 2 k], gate before up
   uint16_t const* keep;      // [k]: 0 where an outlier channel leaves the main path; null: none
   int const* outlier_index;  // [branch_columns]: channel, or -1
   uint8_t* tokens;           // [token tile][brick], branch bricks after the main ones
@@ -21,6 +21,7 @@ struct ActivationArguments {
   int m, k, tile, bricks, branch_columns, branch_fp8;
   int carry;     // added to the bits of a block's largest magnitude: the scale rule
   int hadamard;  // channels mixed at a time: 0, or a power of two in 32..512
+  int gated;     // silu(gate) * up is what is quantized
 };
 
 constexpr int kUnit = 16;  // elements a thread takes at a time; two threads share a block of 32
@@ -113,8 +114,32 @@ CUTLASS_DEVICE float to_float(Input v) {
     return __bfloat162float(v);
 }
 
+template <class Input>
+CUTLASS_DEVICE Input from_float(float v) {
+  if constexpr (std::is_same_v<Input, __half>)
+    return __float2half_rn(v);
+  else
+    return __float2bfloat16_rn(v);
+}
+
+// silu(gate) * up, rounded where two kernels would have written it.
+template <class Input>
+CUTLASS_DEVICE Input gated_product(Input gate, Input up) {
+  float const g = to_float(gate);
+  Input const activated = from_float<Input>(__fdividef(g, 1.f + __expf(-g)));
+  return from_float<Input>(to_float(activated) * to_float(up));
+}
+
+template <class Input>
+CUTLASS_DEVICE uint4 gated_product(uint4 gate, uint4 const& up) {
+  Input* const g = reinterpret_cast<Input*>(&gate);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) g[i] = gated_product(g[i], reinterpret_cast<Input const*>(&up)[i]);
+  return gate;
+}
+
 // Grid: x = tokens, y = CTAs of a cluster that share a token. `Units` a thread.
-template <class Input, int Units, bool Hadamard>
+template <class Input, int Units, bool Hadamard, bool Gated>
 __global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
     quantize_tokens(__grid_constant__ ActivationArguments const args) {
   __shared__ int warp_main[16], warp_branch[16], cta_maximum[2];
@@ -123,7 +148,8 @@ __global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
   int const token = blockIdx.x, lane = thread % 32, units = args.k / kUnit;
   auto unit_of = [&](int v) { return (v * ctas + part) * threads + thread; };
   cutlass::arch::wait_on_dependent_grids();
-  Input const* const row = static_cast<Input const*>(args.x) + size_t(token) * args.k;
+  size_t const stride = Gated ? 2 * args.k : args.k;
+  Input const* const row = static_cast<Input const*>(args.x) + token * stride;
 
   uint4 raw[Units][2];
 #pragma unroll
@@ -133,12 +159,19 @@ __global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
     if (unit < units) {
       raw[v][0] = reinterpret_cast<uint4 const*>(row)[unit * 2];
       raw[v][1] = reinterpret_cast<uint4 const*>(row)[unit * 2 + 1];
+      if constexpr (Gated) {
+        uint4 const* const up = reinterpret_cast<uint4 const*>(row + args.k) + unit * 2;
+        raw[v][0] = gated_product<Input>(raw[v][0], up[0]);
+        raw[v][1] = gated_product<Input>(raw[v][1], up[1]);
+      }
     }
   }
   int branch = 0;  // largest magnitude of the outlier channels, as bits
   auto outlier = [&](int j) {
     int const channel = args.outlier_index[j];
-    return channel < 0 ? 0.f : to_float(row[channel]);
+    if (channel < 0) return 0.f;
+    if constexpr (Gated) return to_float(gated_product(row[channel], row[args.k + channel]));
+    return to_float(row[channel]);
   };
   for (int j = part * threads + thread; j < args.branch_columns; j += ctas * threads) {
     branch = max(branch, absolute_bits(outlier(j)));
@@ -245,21 +278,24 @@ int launch_activation(ActivationArguments const& args, int overlap, cudaStream_t
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(args.m, ctas), config.blockDim = threads;
   config.stream = stream, config.attrs = attributes, config.numAttrs = overlap ? 2 : 1;
-  auto run = [&](auto hadamard) -> int {
-    constexpr bool kHadamard = decltype(hadamard)::value;
+  auto run = [&](auto hadamard, auto gated) -> int {
+    constexpr bool kHadamard = decltype(hadamard)::value, kGated = decltype(gated)::value;
     switch (per_thread) {
       case 1:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 1, kHadamard>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 1, kHadamard, kGated>, args);
       case 2:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 2, kHadamard>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 2, kHadamard, kGated>, args);
       case 4:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 4, kHadamard>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 4, kHadamard, kGated>, args);
       case 8:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 8, kHadamard>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 8, kHadamard, kGated>, args);
     }
     return cudaErrorInvalidValue;
   };
-  return args.hadamard ? run(std::true_type{}) : run(std::false_type{});
+  std::true_type const yes;
+  std::false_type const no;
+  if (args.gated) return args.hadamard ? run(yes, yes) : run(no, yes);
+  return args.hadamard ? run(yes, no) : run(no, no);
 }
 
 }  // namespace quantkit::sm90
