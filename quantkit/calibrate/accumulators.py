@@ -199,7 +199,7 @@ class Tail:
 class GroupMaxima:
     """Per token and group of 32 channels: the largest |x| and where it is, as one integer.
 
-    The threshold of METHODS a.1 needs the mean over all tokens, so the maxima are kept (a
+    OSC's threshold (arXiv 2604.12782) needs the mean over all tokens, so the maxima are kept (a
     thirty-second of the inputs) until it is known; `Hits.of` then counts.
     """
 

@@ -78,12 +78,12 @@ class Statistics:
         return 1 - (self.tensors[f"{key}/tail"].shape[1] - 1) / max(count - 1, 1)
 
     def kurtosis(self, key: str) -> torch.Tensor:
-        """Excess kurtosis over tokens per channel (METHODS b.3); 0 for a constant channel."""
+        """Excess kurtosis over tokens per channel; 0 for a constant channel."""
         m2, m4 = self.get(key, "m2"), self.get(key, "m4")
         return torch.where(m2 > 0, m4 / m2.clamp(min=1e-300) ** 2 - 3, torch.zeros_like(m2))
 
     def density(self, key: str, group: int) -> torch.Tensor:
-        """Clustering density per group (METHODS a.1): NaN where no token passed the threshold."""
+        """OSC's clustering density per group: NaN where no token passed the threshold."""
         hits, qualify = self.get(key, f"hits{group}"), self.get(key, f"qualify{group}")
         padded = torch.zeros(len(qualify) * group, dtype=hits.dtype)
         padded[: len(hits)] = hits

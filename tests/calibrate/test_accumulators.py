@@ -80,7 +80,7 @@ def test_against_float64(dtype: torch.dtype, width: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [64, 96, 160, 288])
 def test_hits_follow_the_definition(dtype: torch.dtype, width: int) -> None:
-    """METHODS a.1: argmax of each group and token, counted when it is above the threshold."""
+    """arXiv 2604.12782: argmax of each group and token, counted when it is above the threshold."""
     x = inputs(width, dtype)
     state, magnitude = complete(measured(x)), x.abs()
     threshold = 5 * float(magnitude.double().mean())
