@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
+
+from examples.offline_tasks import mmlu_questions
 
 
 def write_arc(folder: Path, questions: int = 12, seed: int = 0) -> Path:
@@ -32,31 +33,6 @@ def _sum(rng: random.Random, name: str, hard: bool) -> dict[str, Any]:
         },
         "answerKey": "ABCD"[order.index(0)],
     }
-
-
-def mmlu_questions() -> list[dict[str, Any]]:
-    """The MMLU development questions that lm-eval carries inside chain-of-thought prompts."""
-    import lm_eval
-
-    prompts = Path(lm_eval.__file__).parent / "tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
-    option = re.compile(r"\(([ABCD])\)\s*(.*?)\s*(?=\([ABCD]\)|$)", re.S)
-    found = []
-    for subject, text in json.loads(prompts.read_text(encoding="utf-8")).items():
-        for block in re.split(r"\n\n(?=Q: )", text)[1:]:
-            asked, _, reasoning = block[3:].rpartition("\nA: ")
-            question, _, choices = asked.rpartition("\n(A)")
-            answer = re.search(r"answer is \(([ABCD])\)", reasoning)
-            options = [t for _, t in option.findall(f"(A){choices}")]
-            if answer and question and len(options) == 4:
-                found.append(
-                    {
-                        "question": question.strip(),
-                        "subject": subject,
-                        "choices": options,
-                        "answer": "ABCD".index(answer[1]),
-                    }
-                )
-    return found
 
 
 def write_mmlu(folder: Path, per_subject: int = 2, subjects: int = 3) -> Path:

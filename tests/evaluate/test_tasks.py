@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from examples.offline_tasks import mmlu_questions
 from quantkit.data import hub
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.evaluate import lm, scores, task_data, tasks
 from quantkit.evaluate.request_log import RequestLog
-from tests.evaluate.local_tasks import directly, mmlu_questions, write_arc, write_mmlu
+from tests.evaluate.local_tasks import directly, write_arc, write_mmlu
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval")
