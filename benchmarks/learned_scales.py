@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--recipes", default="int4:full,mxfp4:32,mxfp4:none")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--no-early-stop", action="store_true", help="take every step")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -100,7 +100,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rule", default="even", help="of the MX scales")
     parser.add_argument("--steps", type=int, default=800, help="of learning, at most")
-    parser.add_argument("--batch", type=int, default=1024, help="tokens a learning step")
+    parser.add_argument("--batch", type=int, default=512, help="tokens a learning step")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -195,7 +195,7 @@ def scored(
         table = dict(zip(QUANTILES, quantiles_of(layer.fit, QUANTILES), strict=True))
         for alpha, q in todo:
             scale = problem.rule(floored_quantile(table[q], table[1.0]), alpha)
-            found[alpha, q] = problem.error(scale, tokens=2048)
+            found[alpha, q] = problem.error(scale, tokens=1024)
         path.write_text(json.dumps([[*pair, error] for pair, error in found.items()]))
     return found
 

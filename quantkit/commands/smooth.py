@@ -56,7 +56,7 @@ def run(
     ] = True,
     steps: Annotated[int, typer.Option(min=1, help="Of learning, at most.")] = 800,
     learning_rate: Annotated[float, typer.Option(help="Of learning.")] = 0.02,
-    batch: Annotated[int, typer.Option(min=1, help="Tokens a learning step.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens a learning step.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn, and their order.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     dtype: Annotated[

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkit.transforms.scales import ROWS, Problem, centred
+from quantkit.transforms.scales import Problem, centred
 from quantkit.transforms.simulate import straight_through
 
 TILE = {"cpu": 1 << 18}  # elements worked on at a time: what the cache holds; else a whole batch
@@ -25,7 +25,8 @@ class Training:
     patience: int = 80
     check_every: int = 20
     trial: int = 60  # steps that choose among several starts
-    batch: int = 1024  # tokens a step
+    batch: int = 512  # tokens a step, drawn anew
+    outputs: int = 512  # output channels a step, drawn anew
     seed: int = 0
 
 
@@ -88,7 +89,7 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
             if step - best_step >= training.patience or step == training.steps:
                 break
         chosen = torch.randint(len(x), (min(training.batch, len(x)),), generator=generator)
-        outputs = torch.randperm(len(w), generator=generator)[:ROWS]
+        outputs = torch.randperm(len(w), generator=generator)[: training.outputs]
         optimizer.param_groups[0]["lr"] = training.learning_rate * _schedule(step, training)
         optimizer.zero_grad(set_to_none=True)
         _accumulate(x[chosen.to(x.device)], w[outputs.to(w.device)], theta, problem, kept)
