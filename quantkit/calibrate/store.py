@@ -31,6 +31,7 @@ from quantkit.checkpoint.header import TensorInfo, header_entry, read_header
 from quantkit.checkpoint.reader import CHUNK, Checkpoint, read_into, tensor_bytes
 from quantkit.checkpoint.safety import inside, open_regular, strict_json
 from quantkit.errors import InputRejected
+from quantkit.model.families import describe
 
 FILE = "statistics.safetensors"
 FORMAT = 1
@@ -111,7 +112,31 @@ def load_statistics(checkpoint: Checkpoint) -> Statistics:
     statistics = open_statistics(inside(checkpoint.path, FILE))
     if statistics.meta["weights_digest"] != checkpoint.weights_digest():
         raise InputRejected(f"{statistics.path}: measured on other weights", hint)
+    layout = describe(checkpoint.config, checkpoint.tensors)
+    for name, info in statistics.tensors.items():
+        key, _, statistic = name.rpartition("/")
+        site = layout.by_key.get(key)
+        if site is None or not _fits(statistic, info, site.width):
+            raise InputRejected(f"{statistics.path}: {name[:80]!r} fits no site of the model", hint)
     return statistics
+
+
+def _fits(statistic: str, info: TensorInfo, width: int) -> bool:
+    shape, dtype = info.shape, info.dtype
+    if statistic == "count":
+        return shape == () and dtype == torch.int64
+    if statistic.startswith("qualify"):
+        group = statistic.removeprefix("qualify")
+        return (
+            group in ("32", "64", "128")
+            and shape == (-(-width // int(group)),)
+            and dtype == torch.int64
+        )
+    if statistic.startswith("hits"):
+        return shape == (width,) and dtype == torch.int64
+    if statistic == "tail":
+        return len(shape) == 2 and shape[0] == width and shape[1] > 0 and dtype.is_floating_point
+    return shape == (width,) and dtype.is_floating_point
 
 
 def open_statistics(path: Path) -> Statistics:
