@@ -48,9 +48,9 @@ class Moments:
         return cls(
             n,
             centre.double() + d,
-            (s2 - n * d**2).clamp_(min=0),
-            s3 - 3 * d * s2 + 2 * n * d**3,
-            (s4 - 4 * d * s3 + 6 * d**2 * s2 - 3 * n * d**4).clamp_(min=0),
+            (s2 - n * d * d).clamp_(min=0),
+            s3 - 3 * d * s2 + 2 * n * d * d * d,
+            (s4 - 4 * d * s3 + 6 * d * d * s2 - 3 * n * d * d * d * d).clamp_(min=0),
         )
 
     def merge(self, other: Moments) -> Moments:
@@ -67,12 +67,12 @@ class Moments:
             self.m2 + other.m2 + na * nb * d * r,
             self.m3
             + other.m3
-            + na * nb * (na - nb) * d * r**2
+            + na * nb * (na - nb) * d * (r * r)
             + 3 * r * (na * other.m2 - nb * self.m2),
             self.m4
             + other.m4
-            + na * nb * (na * na - na * nb + nb * nb) * d * r**3
-            + 6 * r**2 * (na * na * other.m2 + nb * nb * self.m2)
+            + na * nb * (na * na - na * nb + nb * nb) * d * r * r * r
+            + 6 * (r * r) * (na * na * other.m2 + nb * nb * self.m2)
             + 4 * r * (na * other.m3 - nb * self.m3),
         )
 
@@ -205,7 +205,7 @@ class GroupMaxima:
 
     channels: int
     dtype: torch.dtype
-    keys: list[torch.Tensor] = field(default_factory=list)  # each [groups of 32, tokens], on CPU
+    keys: list[torch.Tensor] = field(default_factory=list)  # each [groups of 32, tokens]
 
     def update(self, patterns: torch.Tensor, room: torch.Tensor | None = None) -> None:
         """Take in bit patterns of |x| [channels, tokens]; `room`, alike, may be overwritten."""
@@ -216,7 +216,7 @@ class GroupMaxima:
         if room is None:
             room = torch.empty(patterns.shape, dtype=wide, device=patterns.device)
         keys = room.view(wide).copy_(patterns).mul_(1 << _KEY_BITS).add_(lowest_first[:, None])
-        self.keys.append(_grouped_max(keys, 32).cpu())
+        self.keys.append(_grouped_max(keys, 32))
 
     def merge(self, other: GroupMaxima) -> GroupMaxima:
         """Join two disjoint sets of tokens."""
@@ -247,10 +247,11 @@ class Hits:
                 if g > 32:
                     keys = _grouped_max(keys, 2)
                 above = keys >= lowest
-                qualify[g] += above.sum(1)
-                block = torch.arange(len(keys)) * g // (mask + 1) * (mask + 1) + mask
+                qualify[g] += above.sum(1).cpu()
+                group = torch.arange(len(keys), device=keys.device)
+                block = group * g // (mask + 1) * (mask + 1) + mask
                 channel = (block.to(keys.dtype)[:, None] - (keys & mask))[above]
-                hits[g] += torch.bincount(channel, minlength=width)
+                hits[g] += torch.bincount(channel, minlength=width).cpu()
         return cls(hits, qualify)
 
     def merge(self, other: Hits) -> Hits:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from quantkit.checkpoint.safety import require_finite
 from quantkit.errors import InputRejected
 from quantkit.model.families import make_known
 from quantkit.model.sites import ModelLayout, Site, read_weight
@@ -109,11 +110,8 @@ class BlockRunner:
         for name, tensor in (override or {}).items():
             self._replace(i, state, name, tensor)
         block = copy.deepcopy(self._blocks[i])
-        pinned = self.device.type == "cuda"
         for name, tensor in state.items():
-            if pinned and tensor.device.type == "cpu":
-                tensor = tensor.pin_memory()
-            state[name] = tensor.to(self.device, self.dtype, non_blocking=pinned)
+            state[name] = tensor.to(self.device, non_blocking=True).to(self.dtype)
         missing, unexpected = block.load_state_dict(state, strict=False, assign=True)
         if missing or unexpected:
             raise InputRejected(f"{at[:-1]}: no tensors for {', '.join(missing + unexpected)}")
@@ -203,7 +201,7 @@ class BlockRunner:
                 state[name] = self._stack(i, name, tuple(meta.shape))
             else:
                 stored = self.layout.renames.get(at + name, at + name)
-                tensor = _finite(stored, self.checkpoint.read(stored))
+                tensor = _finite(stored, self._read_tensor(stored))
                 if tensor.shape != meta.shape:
                     raise InputRejected(
                         f"{stored} has shape {tuple(tensor.shape)}; "
@@ -212,11 +210,20 @@ class BlockRunner:
                 state[name] = tensor
         return state
 
+    def _read_tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor into memory that a GPU copies from without waiting (on the thread)."""
+        if self.device.type != "cuda":
+            return self.checkpoint.read(name)
+        info = self.checkpoint.tensors[name]
+        return self.checkpoint.read(
+            name, torch.empty(info.shape, dtype=info.dtype, pin_memory=True)
+        )
+
     def _stack(self, i: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Gather all experts' weights into the fused tensor [experts, out, in] of the memory."""
         fused = f"model.layers.{i}.{name}"
         if fused in self.checkpoint.tensors:
-            return _finite(fused, self.checkpoint.read(fused))
+            return _finite(fused, self._read_tensor(fused))
         stacked: torch.Tensor | None = None
         for linear, expert, rows in self._experts(i, name):
             weight = _finite(linear.tensor, read_weight(self.checkpoint, linear))
@@ -323,9 +330,7 @@ def _skeleton(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    # A sum meets every element at a fraction of the price of isfinite().all().
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise InputRejected(f"{name} holds NaN or infinity")
+    require_finite(name, tensor)
     return tensor
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.calibrate.hidden import write_durably
 from quantkit.calibrate.layerwise import Options, calibrate
 from quantkit.calibrate.predict import predict
 from quantkit.calibrate.store import FILE, load_statistics
@@ -177,6 +179,50 @@ def test_activations_that_overflow_name_their_site() -> None:
     with pytest.raises(InputRejected, match=r"layers\.1\.mlp_out"):
         calibrate(source, options(), Target())
     assert not Path("model-calibrated").exists()
+
+
+def test_full_disk_is_an_error_that_can_be_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(Path("model"), "llama", num_hidden_layers=4)
+    whole = calibrate(source, options(), Target(output=Path("whole")))
+    assert whole is not None
+    written = []
+
+    def full(path: Path, data: bytes) -> None:
+        written.append(path)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_durably(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.calibrate.layerwise.write_durably", full)
+        with pytest.raises(OSError, match="No space"):
+            calibrate(source, options(), Target(output=Path("out")))
+    assert not Path("out").exists()
+    result = calibrate(source, options(), Target(output=Path("out")))
+    assert result is not None
+    assert (result.output / FILE).read_bytes() == (whole.output / FILE).read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_gpu_measures_what_the_cpu_measures(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "quantkit.calibrate.layerwise.BATCH_TOKENS", {"cpu": 3 * SEQ, "cuda": 3 * SEQ}
+    )
+    source = save_tiny(Path("model"), family)
+    found = []
+    for device in ("cpu", "cuda"):
+        target = Target(output=Path(device))
+        result = calibrate(source, options(device=device, every_expert=True), target)
+        assert result is not None
+        found.append(load_file(result.output / FILE))
+    for name, tensor in found[0].items():
+        if tensor.dtype == torch.int64:
+            near = (tensor - found[1][name]).abs().max() <= 2  # a value beside the threshold
+            assert bool(near), name
+        else:
+            scale = float(tensor.abs().max())
+            torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-3 * scale)
 
 
 def test_refusals() -> None:
