@@ -172,6 +172,10 @@ class CheckpointWriter:
         self.source.info(name)
         self._dropped.add(name)
 
+    def dropped(self, name: str) -> bool:
+        """Whether a tensor of the source is left out."""
+        return name in self._dropped
+
     def keep_rest(self) -> None:
         """Keep every tensor of the source that was neither written nor dropped."""
         for name in self.source.tensors:

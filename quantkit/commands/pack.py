@@ -33,7 +33,10 @@ def run(
     checkpoint: Checkpoint = None,
     scheme: Annotated[
         str,
-        typer.Option(help="mxfp4, nvfp4, mxfp8, or osc: MXFP4 with a 16-bit branch for outliers."),
+        typer.Option(
+            help="w4a4: the most accurate with 4 bits everywhere. osc: MXFP4 with a 16-bit branch "
+            "for outliers, down_proj in MXFP8 (the paper). Plain: mxfp4, nvfp4, mxfp8."
+        ),
     ] = "osc",
     group: Annotated[
         int | None,
@@ -55,8 +58,41 @@ def run(
     scale_rule: Annotated[
         str, typer.Option(help="Rule of the block scales: floor, even, ceil, rceil or mse.")
     ] = "even",
-    branch: Annotated[str, typer.Option(help="Precision of the branch: bf16 or fp8.")] = "bf16",
-    rounding: Annotated[str, typer.Option(help="How weights are rounded: rtn.")] = "rtn",
+    branch: Annotated[
+        str | None,
+        typer.Option(help="Precision of the branch: bf16 or fp8. Default: bf16; w4a4: fp8."),
+    ] = None,
+    branch_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits per weight to spend on a branch whose channels are chosen freely."),
+    ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="How --branch-bits chooses channels: weighted, output or energy."),
+    ] = None,
+    hadamard: Annotated[
+        int | None,
+        typer.Option(help="Rotate blocks of so many channels at run time; 0: no rotation."),
+    ] = None,
+    balance: Annotated[
+        bool | None,
+        typer.Option("--balance/--no-balance", help="Even out channel energies first."),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="rtn, search or gptq. Default: rtn; w4a4: gptq."),
+    ] = None,
+    four_over_six: Annotated[
+        bool,
+        typer.Option("--four-over-six", help="NVFP4: map block maxima to 6 or to 4."),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text that gptq rounds on. Default: that of the calibration."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the windows.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto: where gptq computes.")] = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="float32: separate and transform, but round nothing (for tests)."),
@@ -88,6 +124,15 @@ def run(
         sites=parse_sites(site or []),
         dtype=dtype,
         rounding=rounding,
+        branch_bits=branch_bits,
+        criterion=criterion,
+        hadamard=hadamard,
+        balance=balance,
+        four_over_six=four_over_six,
+        data=data,
+        samples=samples,
+        seed=seed,
+        device=device,
     )
     target = target_of(output, overwrite, restart, max_shard_size)
     if dry_run:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantkit.formats import mxfp4, mxfp8, nvfp4
-from quantkit.formats.e8m0 import power_of_two, scale_exponent
+from quantkit.formats.e8m0 import decode, power_of_two, scale_exponent
 from quantkit.formats.element import E4M3, round_to_element
 from quantkit.pack.layout import channels_of
 from quantkit.pack.scheme import SiteFormat
@@ -73,12 +73,18 @@ def weight_operand(tensors: Mapping[str, Tensor], fmt: SiteFormat, dtype: torch.
     channels = channels_of(tensors)
     if fmt.branch is None or channels is None:
         return weight
-    branch = tensors["outlier_weight"][:, : len(channels)].to(dtype)
-    if fmt.branch == "fp8":
-        branch = branch * tensors["outlier_weight_scale"].to(dtype)
+    branch = branch_weight(tensors, fmt, dtype)[:, : len(channels)]
     if fmt.hadamard_size:
         return torch.cat([weight, branch], dim=1)
     return weight.index_copy(1, channels, branch)
+
+
+def branch_weight(tensors: Mapping[str, Tensor], fmt: SiteFormat, dtype: torch.dtype) -> Tensor:
+    """The branch's weight [out, k], padding included, as its bytes say."""
+    branch = tensors["outlier_weight"].to(dtype)
+    if fmt.branch == "fp8":
+        branch = branch * decode(tensors["outlier_weight_scale"]).to(dtype)
+    return branch
 
 
 def input_operand(

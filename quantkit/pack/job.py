@@ -16,12 +16,16 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.errors import InputRejected, UsageError
 from quantkit.formats import nvfp4
 from quantkit.model.families import describe
-from quantkit.model.sites import ModelLayout, Site
+from quantkit.model.sites import KINDS, ModelLayout, Site
 from quantkit.outliers.choose import choose
 from quantkit.outliers.plan import FILE as PLAN_FILE
 from quantkit.outliers.plan import Plan, load_plan
 from quantkit.pack import scheme as schemes
+from quantkit.pack.balance import EditedCheckpoint
+from quantkit.pack.inputs import Inputs
 from quantkit.pack.layout import check_width, padded
+from quantkit.pack.recipes import resolved
+from quantkit.pack.rounding import METHODS
 from quantkit.pack.rtn import power_of_two_below
 from quantkit.pack.scheme import Scheme, SiteFormat, from_sites
 
@@ -33,11 +37,20 @@ class PackOptions:
     scheme: str = "osc"
     group: int | None = None  # of the outlier groups; default: the plan's, or 32
     scale_rule: str = "even"
-    branch: str = "bf16"
+    branch: str | None = None  # default: the recipe's, or bf16
     mlp_out: str | None = None
     sites: Mapping[str, str] = field(default_factory=dict)
     dtype: str | None = None  # "float32": pass through with no rounding
-    rounding: str = "rtn"
+    rounding: str | None = None  # default: the recipe's, or rtn
+    branch_bits: float | None = None  # bits per weight for the branch, channels chosen freely
+    criterion: str | None = None  # of the free choice
+    hadamard: int | None = None  # block of the online Hadamard; default: what `rotate` recorded
+    balance: bool | None = None  # even out channel energies before rounding
+    four_over_six: bool = False  # NVFP4 scales: the maximum at 6 or 4
+    data: str | None = None  # text to round on; default: the calibration's
+    samples: int | None = None
+    seed: int = 0
+    device: str = "auto"
 
     def record(self) -> dict[str, Any]:
         """The options that are set, for the manifest."""
@@ -60,12 +73,34 @@ class Job:
     """A checkpoint, what its sites become, and where that was decided."""
 
     source: Checkpoint
+    weights: Checkpoint | EditedCheckpoint  # the source as it is rounded: balanced or as it is
     layout: ModelLayout
     scheme: Scheme
     channels: Mapping[str, Tensor]  # separated channels by site key, int64
     divisors: Mapping[str, Tensor]  # NVFP4 input global scales by site key, float32 [1]
     plan_digest: str | None
     statistics_digest: str | None
+    energies: Mapping[str, Tensor] = field(default_factory=dict)  # mean square by site and channel
+
+    def format(self, site: Site) -> SiteFormat | None:
+        """The format of a site; None when it stays as it is."""
+        return self.scheme.site(site.key, site.kind)
+
+    def importance(self, site: Site, fmt: SiteFormat) -> Tensor | None:
+        """How much a column's rounding error counts: its inputs' mean square, as they are met.
+
+        None without statistics. A Hadamard evens out the energy of the channels it mixes.
+        """
+        energy = self.energies.get(site.key)
+        if energy is None:
+            return None
+        energy = energy.clone()
+        if site.key in self.channels:
+            energy[self.channels[site.key]] = 0
+        if fmt.hadamard_size:
+            blocks = energy.view(-1, fmt.hadamard_size)
+            energy = blocks.mean(1, keepdim=True).expand_as(blocks).flatten()
+        return energy.float()
 
 
 def prepare(source: Checkpoint, options: PackOptions) -> Job:
@@ -77,39 +112,69 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
     if options.dtype not in (None, "float32"):
         raise UsageError(f"--dtype {options.dtype}: only float32, which packs with no rounding")
     layout = describe(source.config, source.tensors)
+    options = resolved(options)
+    _check_rounding(options)
     scheme = schemes.build(
         options.scheme,
         group=options.group or 32,
         scale_rule=options.scale_rule,
-        branch=options.branch,
+        branch=options.branch or "bf16",
         mlp_out=options.mlp_out,
         sites=options.sites,
+        separated=options.branch_bits is not None,
     )
     if options.dtype is not None:
         scheme = schemes.pass_through(scheme)
     formats = {site.key: scheme.site(site.key, site.kind) for site in layout.sites}
     separated = [s for s in layout.sites if (f := formats[s.key]) is not None and f.branch]
-    plan = _plan(source, separated, options.group) if separated else None
+    inputs = Inputs.load(source, layout, options) if _needs_inputs(options) else None
+    weights: Checkpoint | EditedCheckpoint = inputs.weights if inputs else source
+    plan: Plan | None = None
+    if separated and options.branch_bits is not None:
+        assert inputs is not None
+        plan = inputs.plan(separated, formats, options)
+    elif separated:
+        plan = _plan(source, separated, options.group)
     channels = {}
     if plan is not None:
         channels = {s.key: torch.tensor(plan.sites[s.key], dtype=torch.long) for s in separated}
     online = online_hadamards(source.manifest)
+    if options.hadamard is not None:
+        online = dict.fromkeys(KINDS, {"block": options.hadamard} if options.hadamard else None)
     for site in layout.sites:
         found = formats[site.key]
         if found is not None:
             formats[site.key] = _site_format(site, found, channels.get(site.key), plan, online)
-    divisors, statistics = _input_divisors(source, layout, formats, channels)
+    scales = inputs.scales if inputs else {}
+    divisors, statistics = _input_divisors(source, layout, formats, channels, scales)
     if plan is not None:
         statistics = plan.statistics_digest
+    elif inputs is not None:
+        statistics = inputs.statistics.digest
     return Job(
         source,
+        weights,
         layout,
         from_sites(scheme.name, layout, formats, scheme.scale_rule),
         channels,
         divisors,
         None if plan is None else sha256(plan.encode()).hexdigest(),
         statistics,
+        inputs.energies if inputs else {},
     )
+
+
+def _check_rounding(options: PackOptions) -> None:
+    if options.rounding not in METHODS:
+        raise UsageError(
+            f"--rounding {options.rounding}: one of {', '.join(METHODS)}",
+        )
+    if options.four_over_six and options.rounding not in ("rtn", "gptq"):
+        raise UsageError("--four-over-six goes with --rounding rtn or gptq; search covers it")
+
+
+def _needs_inputs(options: PackOptions) -> bool:
+    return bool(options.balance or options.branch_bits is not None or options.rounding == "search")
 
 
 def _plan(source: Checkpoint, separated: list[Site], group: int | None) -> Plan:
@@ -169,6 +234,7 @@ def _input_divisors(
     layout: ModelLayout,
     formats: Mapping[str, SiteFormat | None],
     channels: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], str | None]:
     """NVFP4's static input scales, from the calibrated absmax of what stays on the 4-bit path."""
     sites = [s for s in layout.sites if (f := formats[s.key]) and f.activations == "nvfp4"]
@@ -183,7 +249,12 @@ def _input_divisors(
             divisors[site.key] = torch.ones(1)
             continue
         absmax = statistics.get(site.key, "absmax").float().clone()
+        if site.key in scales:
+            absmax /= scales[site.key].float()
         if site.key in channels:
             absmax[channels[site.key]] = 0
+        fmt = formats[site.key]
+        if fmt is not None and fmt.hadamard_size:  # no more than all of a block's maxima together
+            absmax = absmax.view(-1, fmt.hadamard_size).square().sum(1).sqrt()
         divisors[site.key] = power_of_two_below(nvfp4.global_scale(absmax.amax()))
     return divisors, statistics.digest

@@ -46,7 +46,7 @@ def tensors_of(
         found["outlier_weight"] = branch, (out, fmt.outliers)
     elif fmt.branch == "fp8":
         found["outlier_weight"] = fp8, (out, fmt.outliers)
-        found["outlier_weight_scale"] = torch.float32, (out, 1)
+        found["outlier_weight_scale"] = byte, (out, 1)  # E8M0
     if fmt.branch is not None:
         found["outlier_index"] = torch.int32, (fmt.outliers,)
     return found

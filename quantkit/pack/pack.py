@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit import console
 from quantkit.checkpoint.measure import sizes
-from quantkit.checkpoint.reader import open_checkpoint
+from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.step import OpenStep, Target, begin_step, open_source, output_of
-from quantkit.errors import InputRejected
+from quantkit.errors import UsageError
 from quantkit.export import compressed_tensors
 from quantkit.model.sites import Linear, Site, read_weight
+from quantkit.pack.balance import EditedCheckpoint
+from quantkit.pack.group import fused_groups, is_done, tensors_of_group, weights_of_group
 from quantkit.pack.job import Job, PackOptions, prepare
-from quantkit.pack.layout import tensors_of
-from quantkit.pack.rounding import PackedLinear, round_weight
-from quantkit.pack.rtn import global_divisor, row_pieces
+from quantkit.pack.recipes import resolved
+from quantkit.pack.rounding import FROM_INPUTS, round_weight
+from quantkit.pack.rtn import global_divisor
 from quantkit.pack.scheme import Scheme, SiteFormat
-from quantkit.pack.separate import rotated, separate
+from quantkit.pack.separate import branch_tensors
+
+if TYPE_CHECKING:
+    from quantkit.data.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,11 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
     Raises InputRejected for a packed or damaged input, NaN weights, a stale plan or stale
     statistics, and widths that do not fit; UsageError for options that do not go together.
     """
+    options = resolved(options)
     source = open_source(checkpoint)
     output_of(source, suffix(options), target)  # refused before anything is computed
     job = prepare(source, options)
+    tokens = rounding_text(source, options) if options.rounding in FROM_INPUTS else None
     config = packed_config(job, options)
     method = config["quantization_config"]["quant_method"]
     with begin_step(
@@ -82,9 +86,21 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
         options=options.record(),
         suffix=suffix(options),
         target=target,
-        also={"plan": job.plan_digest, "statistics": job.statistics_digest},
+        seed=options.seed if tokens else None,
+        also={
+            "plan": job.plan_digest,
+            "statistics": job.statistics_digest,
+            "tokens": tokens.digest if tokens else None,
+        },
     ) as step:
-        linears = _pack_sites(step, job, options)
+        if tokens is not None:
+            from quantkit.pack.sequential import Sequential
+
+            step.notes["data"] = tokens.description
+            linears = Sequential(step, job, options, tokens).run()
+        else:
+            linears = _pack_sites(step, job, options)
+        _write_edited(step, job)
         step.writer.keep_rest()
         step.writer.write_file("config.json", (json.dumps(config, indent=2) + "\n").encode())
         step.notes |= {
@@ -97,6 +113,39 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
     bits = {part.kind: part.bits for part in written.linears}
     bits["all"] = written.linear_bits
     return PackResult(output, job.scheme, linears, method, bits)
+
+
+def rounding_text(source: Checkpoint, options: PackOptions) -> TokenBatch:
+    """The text that gptq and learned round on: `--data`, or what calibration used."""
+    from quantkit.data.tokens import load_tokens
+
+    calibrated = source.manifest.last("calibrate") if source.manifest else None
+    recorded = calibrated.options if calibrated else {}
+    spec = options.data or recorded.get("data")
+    if spec is None:
+        raise UsageError(
+            f"--rounding {options.rounding} rounds on text",
+            f"give --data, or: quantkit calibrate {source.path}",
+        )
+    tokens = load_tokens(
+        spec,
+        source.path,
+        samples=options.samples or recorded.get("samples") or 64,
+        seq_len=recorded.get("seq_len"),
+        seed=options.seed,
+    )
+    console.note(f"rounding on {tokens.description}")
+    return tokens
+
+
+def _write_edited(step: OpenStep, job: Job) -> None:
+    """Gains, biases and linears left unpacked, where balancing changed them."""
+    if not isinstance(job.weights, EditedCheckpoint):
+        return
+    for name in job.weights.edits:
+        if not step.writer.dropped(name) and not step.writer.done(name):
+            dtype = job.source.tensors[name].dtype
+            step.writer.write(name, job.weights.read(name).to(dtype))
 
 
 def suffix(options: PackOptions) -> str:
@@ -122,75 +171,58 @@ def _pack_sites(step: OpenStep, job: Job, options: PackOptions) -> int:
     with console.progress("pack", job.layout.n_layers) as progress:
         for layer in range(job.layout.n_layers):
             sites = job.layout.layer_sites(layer)
-            unfused = any(s.expert is not None and _format(job, s) for s in sites)
+            unfused = any(s.expert is not None and job.format(s) for s in sites)
             for site in sites:
-                fmt = _format(job, site)
+                fmt = job.format(site)
                 if fmt is not None:
                     for group in fused_groups(site):
-                        _pack_group(step, job, site, fmt, group, options.rounding)
+                        _pack_group(step, job, site, fmt, group, options)
                     linears += len(site.linears)
                 elif unfused:
-                    _unfuse(step, site)
+                    _unfuse(step, job, site)
             progress.advance()
     return linears
 
 
-def _format(job: Job, site: Site) -> SiteFormat | None:
-    return job.scheme.site(site.key, site.kind)
-
-
-def fused_groups(site: Site) -> Iterator[list[Linear]]:
-    """The linears of a site that loaders fuse (q, k, v; gate, up of one expert)."""
-    groups: dict[str, list[Linear]] = {}
-    for linear in site.linears:
-        groups.setdefault(linear.module.rpartition(".")[0], []).append(linear)
-    yield from groups.values()
-
-
 def _pack_group(
-    step: OpenStep, job: Job, site: Site, fmt: SiteFormat, group: Sequence[Linear], method: str
+    step: OpenStep,
+    job: Job,
+    site: Site,
+    fmt: SiteFormat,
+    group: Sequence[Linear],
+    options: PackOptions,
 ) -> None:
     writer = step.writer
     for linear in group:
         writer.drop(linear.tensor)
-    if writer.done(f"{group[0].module}.{next(iter(tensors_of(fmt, *group[0].shape)))}"):
-        return  # the whole group is: it was written at once
-    weights, branches = [], []
-    for linear in group:
-        weight = finite(read_weight(job.source, linear), linear)
-        weight = weight.float() if fmt.weights == "none" else weight
-        branch: dict[str, Tensor] = {}
-        if fmt.branch is not None:
-            weight, branch = separate(weight, job.channels[site.key], fmt)
-        weights.append(rotated(weight, fmt))
-        branches.append(branch)
-    divisor = global_divisor(weights) if fmt.weights == "nvfp4" else None
-    written: dict[str, Tensor] = {}
-    for linear, branch in zip(group, branches, strict=True):
+    if is_done(writer, fmt, group):
+        return
+    weights = weights_of_group(job, site, fmt, group)
+    divisor = global_divisor([rest for rest, _ in weights]) if fmt.weights == "nvfp4" else None
+    parts = []
+    for _ in group:
+        rest, columns = weights.pop(0)
         main = round_weight(
-            weights.pop(0), fmt, method=method, rule=job.scheme.scale_rule, divisor=divisor
+            rest,
+            fmt,
+            method=options.rounding,
+            hessian=job.importance(site, fmt) if options.rounding == "search" else None,
+            rule=job.scheme.scale_rule,
+            divisor=divisor,
+            four_over_six=options.four_over_six,
         )
-        packed: PackedLinear = main | branch
-        if fmt.activations == "nvfp4":
-            packed["input_global_scale"] = job.divisors[site.key]
-        written |= {f"{linear.module}.{name}": tensor for name, tensor in packed.items()}
-    writer.write_group(written)
+        branch = {}
+        if columns is not None:
+            branch = branch_tensors(columns, job.channels[site.key], fmt)
+        parts.append(main | branch)
+    writer.write_group(tensors_of_group(job, site, fmt, group, parts))
 
 
-def _unfuse(step: OpenStep, site: Site) -> None:
+def _unfuse(step: OpenStep, job: Job, site: Site) -> None:
     """Give a linear of a mixture that stays as it is a tensor of its own: experts are modules."""
     for linear in site.linears:
         name = f"{linear.module}.weight"
         if linear.expert is not None:
             step.writer.drop(linear.tensor)
             if not step.writer.done(name):
-                step.writer.write(name, read_weight(step.source, linear))
-
-
-def finite(weight: Tensor, linear: Linear) -> Tensor:
-    """Give the weight back; InputRejected when it holds NaN or infinity."""
-    for part in row_pieces(weight):
-        # A sum meets every element at a fraction of the price of isfinite().all().
-        if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
-            raise InputRejected(f"{linear.module}.weight holds NaN or infinity")
-    return weight
+                step.writer.write(name, read_weight(job.weights, linear))

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantkit.errors import InputRejected, UsageError
 from quantkit.model.sites import KINDS, ModelLayout
+from quantkit.pack.recipes import RECIPES
 
 METHOD = "quantkit"
 FORMAT_VERSION = 1
@@ -95,19 +96,23 @@ def build(
     branch: str = "bf16",
     mlp_out: str | None = None,
     sites: Mapping[str, str] | None = None,
+    separated: bool = False,
 ) -> Scheme:
     """The scheme `name` with its options.
 
     `osc` separates outliers at attn_in, attn_out and mlp_in and gives mlp_out MXFP8 (the paper's
     recipe); `mlp_out="mxfp4"` keeps mlp_out at 4 bits with a branch of its own. `sites` maps kinds
-    to FORMAT or FORMAT+BRANCH, `bf16` leaving a kind out. Raises UsageError.
+    to FORMAT or FORMAT+BRANCH, `bf16` leaving a kind out. `separated` gives every site of the
+    plain formats (and of recipes) a branch. Raises UsageError.
     """
     if group not in GROUPS:
         raise UsageError(f"group {group}: one of {', '.join(map(str, GROUPS))}")
     if scale_rule not in RULES:
         raise UsageError(f"scale rule {scale_rule!r}: one of {', '.join(RULES)}")
-    if name in ("mxfp4", "nvfp4", "mxfp8"):
-        formats: dict[str, SiteFormat | None] = {k: SiteFormat(name, name) for k in KINDS}
+    base = RECIPES[name].format if name in RECIPES else name
+    if base in ("mxfp4", "nvfp4", "mxfp8"):
+        plain = SiteFormat(base, base, branch if separated else None, group)
+        formats: dict[str, SiteFormat | None] = dict.fromkeys(KINDS, plain)
     elif name == "osc":
         separated = SiteFormat("mxfp4", "mxfp4", branch, group)
         formats = dict.fromkeys(KINDS, separated)
@@ -142,7 +147,7 @@ def _commonest(formats: list[SiteFormat | None]) -> SiteFormat | None:
     return next((fmt for fmt in formats if text and str(fmt) == text[0][0]), None)
 
 
-SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "osc")
+SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "osc", *RECIPES)
 
 
 def _site_format(text: str, group: int) -> SiteFormat:

@@ -1,0 +1,81 @@
+"""What calibration knows about the inputs, used by packing: energies, balance, free channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from quantkit import console
+from quantkit.calibrate.store import Statistics, load_statistics
+from quantkit.checkpoint.reader import Checkpoint
+from quantkit.formats import FORMATS
+from quantkit.model.sites import ModelLayout, Site
+from quantkit.outliers.budget import branch_columns, choose_free
+from quantkit.outliers.plan import Plan
+from quantkit.pack.balance import EditedCheckpoint, balanced, weight_energy
+from quantkit.pack.layout import BRANCH_ALIGNMENT
+from quantkit.pack.scheme import SiteFormat
+
+if TYPE_CHECKING:
+    from quantkit.pack.job import PackOptions
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The statistics, the weights they meet, and both after balancing (scales by site key)."""
+
+    statistics: Statistics
+    weights: Checkpoint | EditedCheckpoint
+    scales: Mapping[str, Tensor]
+    energies: Mapping[str, Tensor]  # mean square by channel, float64; only sites that saw tokens
+
+    @staticmethod
+    def load(source: Checkpoint, layout: ModelLayout, options: PackOptions) -> Inputs:
+        """Read the statistics, balance if asked to. Raises InputRejected without statistics."""
+        statistics = load_statistics(source)
+        weights: Checkpoint | EditedCheckpoint = source
+        scales: dict[str, Tensor] = {}
+        if options.balance:
+            weights, scales = balanced(source, layout.sites, statistics)
+        energies = {}
+        for site in layout.sites:
+            if statistics.has(site.key):
+                energy = statistics.get(site.key, "energy").double()
+                energy /= int(statistics.get(site.key, "count"))
+                if site.key in scales:
+                    energy /= scales[site.key] ** 2
+                energies[site.key] = energy
+        return Inputs(statistics, weights, scales, energies)
+
+    def plan(
+        self,
+        sites: Sequence[Site],
+        formats: Mapping[str, SiteFormat | None],
+        options: PackOptions,
+    ) -> Plan:
+        """Spend `branch_bits` on each site's best channels by the criterion."""
+        assert options.branch_bits is not None
+        assert options.criterion is not None
+        precision = 8 if options.branch == "fp8" else 16
+        chosen: dict[str, tuple[int, ...]] = {}
+        for site in sites:
+            fmt = formats[site.key]
+            if fmt is None or site.key not in self.energies:
+                chosen[site.key] = ()
+                continue
+            block = options.hadamard or FORMATS[fmt.activations].block
+            count = branch_columns(site.width, options.branch_bits, precision, BRANCH_ALIGNMENT)
+            found = choose_free(
+                self.energies[site.key],
+                weight_energy(self.weights, site),
+                count,
+                options.criterion,
+                block,
+            )
+            chosen[site.key] = tuple(found.tolist())
+        console.note(f"separating {options.branch_bits} bits per weight by {options.criterion}")
+        digest = self.statistics.meta["weights_digest"]
+        return Plan(chosen, 0, options.criterion, digest, self.statistics.digest)

@@ -1,0 +1,110 @@
+"""A decoder block while it is packed: its linears replaced by packed ones as they get done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.kernels import reference
+from quantkit.model.block import BlockRunner
+from quantkit.model.sites import Linear
+from quantkit.pack.layout import channels_of
+from quantkit.pack.scheme import SiteFormat
+
+
+class SharedInput:
+    """The linears of a site quantize their input once: the last one's operand is remembered."""
+
+    def __init__(self, fmt: SiteFormat, rule: str) -> None:
+        self.format, self.rule = fmt, rule
+        self._x: Tensor | None = None
+        self._operand: Tensor | None = None
+
+    def operand(self, x: Tensor, channels: Tensor | None, divisor: Tensor | None) -> Tensor:
+        """The operand of x as the runtime makes it."""
+        if self._x is not x or self._operand is None:
+            self._x = x
+            self._operand = reference.input_operand(x, self.format, self.rule, channels, divisor)
+        return self._operand
+
+
+class PackedReference(nn.Module):
+    """A packed linear in the runtime's reference arithmetic, from its tensors alone."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        shared: SharedInput,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.shared, self.bias = shared, bias
+        self.weight = reference.weight_operand(tensors, shared.format, dtype)
+        self.channels = channels_of(tensors)
+        self.divisor = tensors.get("input_global_scale")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in] -> [.., out]."""
+        operand = self.shared.operand(x, self.channels, self.divisor)
+        return reference.linear(operand, self.weight, self.bias, x.dtype)
+
+
+class PackedBlock:
+    """Block `layer` of a runner; `install` puts a packed linear in the place of an ordinary one.
+
+    Experts live in a fused parameter: theirs get the packed weight in the coordinates of the
+    unpacked one (their inputs stay unquantized while the block is packed).
+    """
+
+    def __init__(self, runner: BlockRunner, layer: int) -> None:
+        self.runner, self.layer = runner, layer
+        self.module = runner.load(layer)
+        self._modules: dict[str, nn.Module] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._stale = False
+
+    def install(self, linear: Linear, tensors: Mapping[str, Tensor], shared: SharedInput) -> None:
+        """Let the block compute `linear` from its packed tensors."""
+        if ".experts." in linear.module:
+            weight = unpacked_weight(tensors, shared.format)
+            self._weights[f"{linear.module}.weight"] = weight.to(self.runner.dtype).cpu()
+            self._stale = True
+            return
+        old = self._ordinary(linear)
+        module = PackedReference(tensors, shared, self.runner.dtype, old.bias)
+        self._modules[linear.module] = module
+        self._place(linear.module, module)
+
+    def settle(self) -> None:
+        """Make installed experts take effect."""
+        if self._stale:
+            self.module = self.runner.load(self.layer, self._weights)
+            for name, module in self._modules.items():
+                self._place(name, module)
+            self._stale = False
+
+    def _ordinary(self, linear: Linear) -> nn.Linear:
+        module = self.module.get_submodule(linear.module.split(".", 3)[3])
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def _place(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.split(".", 3)[3].rpartition(".")
+        setattr(self.module.get_submodule(parent), leaf, module)
+
+
+def unpacked_weight(tensors: Mapping[str, Tensor], fmt: SiteFormat) -> Tensor:
+    """A packed linear's weight in the coordinates it was packed from: float32 [out, in]."""
+    weight = reference.dequantized_weight(tensors, fmt)
+    if fmt.hadamard_size:
+        from quantkit.transforms.hadamard import rotate_back
+
+        weight = rotate_back(weight, fmt.hadamard_size)
+    channels = channels_of(tensors)
+    if channels is None:
+        return weight
+    branch = reference.branch_weight(tensors, fmt, torch.float32)[:, : len(channels)]
+    return weight.index_copy(1, channels, branch)
