@@ -136,8 +136,7 @@ def run(
     )
     target = target_of(output, overwrite, restart, max_shard_size)
     if dry_run:
-        data, text = preview(checkpoint, options, target)
-        console.result(data, text)
+        console.result(*preview(checkpoint, options, target))
         return
     done = pack(checkpoint, options, target)
     console.result(done.as_json(), done.as_text(), str(done.output))

@@ -9,11 +9,11 @@ from torch import Tensor
 from quantkit.diagnose.switches import Rounded, Rounder
 from quantkit.kernels import reference
 from quantkit.model.sites import Site
+from quantkit.pack.group import fused_groups
 from quantkit.pack.job import Job
-from quantkit.pack.pack import fused_groups
 from quantkit.pack.rounding import round_weight
 from quantkit.pack.rtn import global_divisor
-from quantkit.pack.separate import rotated, separate
+from quantkit.pack.separate import branch_tensors, rotated, separate
 
 
 def rounder(jobs: Mapping[str, Job]) -> Rounder:
@@ -40,7 +40,9 @@ def pack_site(job: Job, site: Site, weights: Mapping[str, Tensor]) -> Rounded | 
             weight = weights[linear.module]
             branch: dict[str, Tensor] = {}
             if fmt.branch is not None:
-                weight, branch = separate(weight, job.channels[site.key], fmt)
+                channels = job.channels[site.key]
+                weight, columns = separate(weight, channels)
+                branch = branch_tensors(columns, channels, fmt)
             rests.append(rotated(weight, fmt))
             branches.append(branch)
         divisor = global_divisor(rests) if fmt.weights == "nvfp4" else None
@@ -49,5 +51,5 @@ def pack_site(job: Job, site: Site, weights: Mapping[str, Tensor]) -> Rounded | 
             packed = round_weight(rest, fmt, rule=rule, divisor=divisor) | branch
             dtype = reference.compute_dtype(weights[linear.module].dtype)
             operands[linear.module] = reference.weight_operand(packed, fmt, dtype)
-    channels = job.channels[site.key] if fmt.branch is not None else None
-    return Rounded(fmt, job.scheme.scale_rule, channels, operands, job.divisors.get(site.key))
+    separated = job.channels[site.key] if fmt.branch is not None else None
+    return Rounded(fmt, job.scheme.scale_rule, separated, operands, job.divisors.get(site.key))

@@ -159,9 +159,7 @@ def packed_linear(
         tensors["outlier_weight"] = branch.to(torch.bfloat16)
         if options.branch == "fp8":
             tensors["outlier_weight"] = branch.to(torch.float8_e4m3fn)
-            tensors["outlier_weight_scale"] = torch.full(
-                (outputs, 1), 127, dtype=torch.uint8, device=device
-            )
+            tensors["outlier_weight_scale"] = torch.ones(outputs, 1, device=device)
     if options.activations == "nvfp4":
         tensors["input_global_scale"] = torch.full((1,), 448.0, device=device)
     work = dispatch.Work(

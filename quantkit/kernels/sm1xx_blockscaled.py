@@ -212,10 +212,7 @@ def _outlier_weight(linear: Mapping[str, Tensor]) -> Tensor:
     """The branch's weight [out, k] in bfloat16; an FP8 one multiplied by its row scales."""
     weight = linear["outlier_weight"].to(torch.bfloat16)
     scale = linear.get("outlier_weight_scale")
-    if scale is None:
-        return weight
-    factor = scale if scale.dtype == torch.float32 else e8m0.decode(scale)
-    return weight * factor.to(torch.bfloat16)
+    return weight if scale is None else weight * scale.to(torch.bfloat16)
 
 
 @torch.library.custom_op("quantkit::sm1xx_quantize_act", mutates_args=())

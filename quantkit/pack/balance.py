@@ -9,37 +9,37 @@ weights that are rounded only once, to 4 bits; gains are rounded first and the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.reader import Checkpoint
 from quantkit.model.sites import Site, read_weight
 from quantkit.transforms import fold
 
 if TYPE_CHECKING:
     from quantkit.calibrate.store import Statistics
-    from quantkit.checkpoint.reader import Checkpoint
 
 LIMIT = 50.0  # no scale is further from the geometric mean than this factor
 
 
-class EditedCheckpoint:
-    """A checkpoint whose tensors are read with edits applied (float32), the file left as it is."""
+class EditedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are read with edits applied (float32), the files left alone."""
 
     def __init__(self, source: Checkpoint, edits: fold.Edits) -> None:
+        self.__dict__.update(source.__dict__)
         self.source, self.edits = source, edits
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """Read a tensor, edited."""
-        tensor = self.source.read(name)
         edits = self.edits.get(name)
-        return fold.edited(tensor, edits, torch.float32) if edits else tensor
+        if not edits:
+            return self.source.read(name, out)
+        tensor = fold.edited(self.source.read(name), edits, torch.float32)
+        return tensor if out is None else out.copy_(tensor)
 
     def read_rows(self, name: str, part: int | slice) -> Tensor:
         """Read a part of a tensor along its first dimension, edited."""
@@ -53,7 +53,7 @@ class EditedCheckpoint:
         return self.read(name)[part]
 
 
-def weight_energy(source: Any, site: Site) -> Tensor:
+def weight_energy(source: Checkpoint, site: Site) -> Tensor:
     """Sum of squares of the weights that meet each channel, over all linears: float64 [width]."""
     total = torch.zeros(site.width, dtype=torch.float64)
     for linear in site.linears:
@@ -111,9 +111,3 @@ def _representable(source: Checkpoint, site: Site, scale: Tensor) -> Tensor:
     rounded = (gain / scale - site.norm_offset).to(stored.dtype).double() + site.norm_offset
     exact = gain / rounded
     return torch.where((exact > 0) & torch.isfinite(exact), exact, scale)
-
-
-def changed_tensors(edits: fold.Edits, packed: Iterable[str]) -> list[str]:
-    """Tensors that are edited and not replaced by packing: gains and biases."""
-    replaced = set(packed)
-    return [name for name in edits if name not in replaced]

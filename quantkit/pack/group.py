@@ -44,11 +44,11 @@ def weights_of_group(
     """
     found = []
     for linear in group:
-        weight = finite(read_weight(job.weights, linear), linear)  # type: ignore[arg-type]
+        weight = finite(read_weight(job.weights, linear), linear)
         weight = weight.float() if fmt.weights == "none" else weight
         columns: Tensor | None = None
         if fmt.branch is not None:
-            weight, columns = separate(weight, job.channels[site.key], fmt)
+            weight, columns = separate(weight, job.channels[site.key])
         found.append((rotated(weight, fmt), columns))
     return found
 

@@ -15,7 +15,7 @@ from quantkit.formats import FORMATS
 from quantkit.model.sites import ModelLayout, Site
 from quantkit.outliers.budget import branch_columns, choose_free
 from quantkit.outliers.plan import Plan
-from quantkit.pack.balance import EditedCheckpoint, balanced, weight_energy
+from quantkit.pack.balance import balanced, weight_energy
 from quantkit.pack.layout import BRANCH_ALIGNMENT
 from quantkit.pack.scheme import SiteFormat
 
@@ -28,7 +28,7 @@ class Inputs:
     """The statistics, the weights they meet, and both after balancing (scales by site key)."""
 
     statistics: Statistics
-    weights: Checkpoint | EditedCheckpoint
+    weights: Checkpoint
     scales: Mapping[str, Tensor]
     energies: Mapping[str, Tensor]  # mean square by channel, float64; only sites that saw tokens
 
@@ -36,7 +36,7 @@ class Inputs:
     def load(source: Checkpoint, layout: ModelLayout, options: PackOptions) -> Inputs:
         """Read the statistics, balance if asked to. Raises InputRejected without statistics."""
         statistics = load_statistics(source)
-        weights: Checkpoint | EditedCheckpoint = source
+        weights: Checkpoint = source
         scales: dict[str, Tensor] = {}
         if options.balance:
             weights, scales = balanced(source, layout.sites, statistics)

@@ -21,7 +21,6 @@ from quantkit.outliers.choose import choose
 from quantkit.outliers.plan import FILE as PLAN_FILE
 from quantkit.outliers.plan import Plan, load_plan
 from quantkit.pack import scheme as schemes
-from quantkit.pack.balance import EditedCheckpoint
 from quantkit.pack.inputs import Inputs
 from quantkit.pack.layout import check_width, padded
 from quantkit.pack.recipes import resolved
@@ -73,7 +72,7 @@ class Job:
     """A checkpoint, what its sites become, and where that was decided."""
 
     source: Checkpoint
-    weights: Checkpoint | EditedCheckpoint  # the source as it is rounded: balanced or as it is
+    weights: Checkpoint  # the source as it is rounded: balanced or as it is
     layout: ModelLayout
     scheme: Scheme
     channels: Mapping[str, Tensor]  # separated channels by site key, int64
@@ -128,7 +127,7 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
     formats = {site.key: scheme.site(site.key, site.kind) for site in layout.sites}
     separated = [s for s in layout.sites if (f := formats[s.key]) is not None and f.branch]
     inputs = Inputs.load(source, layout, options) if _needs_inputs(options) else None
-    weights: Checkpoint | EditedCheckpoint = inputs.weights if inputs else source
+    weights: Checkpoint = inputs.weights if inputs else source
     plan: Plan | None = None
     if separated and options.branch_bits is not None:
         assert inputs is not None

@@ -77,7 +77,8 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
     source = open_source(checkpoint)
     output_of(source, suffix(options), target)  # refused before anything is computed
     job = prepare(source, options)
-    tokens = rounding_text(source, options) if options.rounding in FROM_INPUTS else None
+    on_text = options.rounding in FROM_INPUTS and options.dtype is None
+    tokens = rounding_text(source, options) if on_text else None
     config = packed_config(job, options)
     method = config["quantization_config"]["quant_method"]
     with begin_step(
@@ -205,7 +206,7 @@ def _pack_group(
         main = round_weight(
             rest,
             fmt,
-            method=options.rounding,
+            method=options.rounding or "rtn",
             hessian=job.importance(site, fmt) if options.rounding == "search" else None,
             rule=job.scheme.scale_rule,
             divisor=divisor,

@@ -114,8 +114,7 @@ def build(
         plain = SiteFormat(base, base, branch if separated else None, group)
         formats: dict[str, SiteFormat | None] = dict.fromkeys(KINDS, plain)
     elif name == "osc":
-        separated = SiteFormat("mxfp4", "mxfp4", branch, group)
-        formats = dict.fromkeys(KINDS, separated)
+        formats = dict.fromkeys(KINDS, SiteFormat("mxfp4", "mxfp4", branch, group))
         formats["mlp_out"] = SiteFormat("mxfp8", "mxfp8")
     else:
         raise UsageError(f"unknown scheme {name!r}", f"schemes: {', '.join(SCHEMES)}")

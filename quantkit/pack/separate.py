@@ -11,7 +11,7 @@ from quantkit.pack.layout import index_tensor
 from quantkit.pack.scheme import SiteFormat
 
 
-def separate(w: Tensor, channels: Tensor, fmt: SiteFormat) -> tuple[Tensor, Tensor]:
+def separate(w: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     """Take `channels` (int64) out of `w` [out, in]: the rest, with zeros there, and the columns.
 
     The zeros come before any block scale, so a scale is no longer set by a weight that meets a

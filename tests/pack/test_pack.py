@@ -14,7 +14,7 @@ from quantkit.calibrate.store import load_statistics
 from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.checkpoint.step import Target
 from quantkit.errors import InputRejected, UsageError
-from quantkit.formats import mxfp4, mxfp8, nvfp4
+from quantkit.formats import e8m0, mxfp4, mxfp8, nvfp4
 from quantkit.outliers.plan import FILE as PLAN
 from quantkit.outliers.plan import load_plan
 from quantkit.outliers.separate import separate_outliers
@@ -134,7 +134,7 @@ def test_fp8_branch(calibrated: Path, tmp_path: Path) -> None:
     index = packed.read(f"{Q0}.outlier_index")
     columns = source.read(f"{Q0}.weight")[:, index[index >= 0].long()].float()
     branch = packed.read(f"{Q0}.outlier_weight").float()[:, : columns.shape[1]]
-    values = branch * packed.read(f"{Q0}.outlier_weight_scale")
+    values = branch * e8m0.decode(packed.read(f"{Q0}.outlier_weight_scale"))
     assert packed.read(f"{Q0}.outlier_weight").dtype == torch.float8_e4m3fn
     assert (values - columns).abs().max() <= 2**-4 * columns.abs().max()
 
