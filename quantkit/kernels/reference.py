@@ -83,7 +83,8 @@ def branch_weight(tensors: Mapping[str, Tensor], fmt: SiteFormat, dtype: torch.d
     """The branch's weight [out, k], padding included, as its bytes say."""
     branch = tensors["outlier_weight"].to(dtype)
     if fmt.branch == "fp8":
-        branch = branch * decode(tensors["outlier_weight_scale"]).to(dtype)
+        scale = tensors["outlier_weight_scale"]  # E8M0 in files, float32 as kernels take them
+        branch = branch * (scale if scale.dtype == torch.float32 else decode(scale)).to(dtype)
     return branch
 
 

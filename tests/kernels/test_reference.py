@@ -11,7 +11,7 @@ from quantkit.kernels import reference
 from quantkit.pack.layout import padded, tensors_of
 from quantkit.pack.rounding import round_weight
 from quantkit.pack.scheme import SiteFormat
-from quantkit.pack.separate import rotated, separate
+from quantkit.pack.separate import branch_tensors, rotated, separate
 from quantkit.transforms.hadamard import matrix
 
 OUT, WIDTH, TOKENS = 48, 128, 21
@@ -28,7 +28,10 @@ def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def packed(w: Tensor, fmt: SiteFormat) -> dict[str, Tensor]:
-    rest, branch = separate(w, CHANNELS, fmt) if fmt.branch else (w, {})
+    rest, branch = w, {}
+    if fmt.branch:
+        rest, columns = separate(w, CHANNELS)
+        branch = branch_tensors(columns, CHANNELS, fmt)
     tensors = round_weight(rotated(rest, fmt), fmt) | branch
     if fmt.activations == "nvfp4":
         tensors["input_global_scale"] = torch.tensor([64.0])
