@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.formats import mxfp4, mxfp8, nvfp4
+from quantkit.formats import e8m0, mxfp4, mxfp8, nvfp4
 from quantkit.kernels import reference
 from quantkit.pack.layout import padded, tensors_of
 from quantkit.pack.rounding import round_weight
@@ -55,7 +55,7 @@ def expected(x: Tensor, w: Tensor, fmt: SiteFormat, tensors: dict[str, Tensor]) 
         return main
     branch = tensors["outlier_weight"].double()[:, : len(CHANNELS)]
     if fmt.branch == "fp8":
-        branch = branch * tensors["outlier_weight_scale"].double()
+        branch = branch * e8m0.decode(tensors["outlier_weight_scale"]).double()
         outliers = reference.branch_input(outliers.float(), fmt).double()
     return main + outliers @ branch.T
 
