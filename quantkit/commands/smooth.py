@@ -36,8 +36,11 @@ def run(
     scale_rule: Annotated[str, typer.Option(help="Of the MX scales that will be packed.")] = "even",
     hadamard: Annotated[
         str,
-        typer.Option(help="The online Hadamard that will follow: recorded, none, full, a size."),
-    ] = "recorded",
+        typer.Option(
+            help="The online Hadamard that will follow: recorded, none, full, a size. auto: what "
+            "is recorded, else what rotate does for the scheme (32 for mxfp4 and osc)."
+        ),
+    ] = "auto",
     data: Annotated[
         str | None,
         typer.Option(

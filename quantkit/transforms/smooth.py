@@ -37,7 +37,7 @@ from quantkit.transforms import carry, fold
 from quantkit.transforms.decide import METHODS, Decision, Method, decide
 from quantkit.transforms.hadamard import largest_size
 from quantkit.transforms.observe import Observed, observe
-from quantkit.transforms.rotate import DTYPES
+from quantkit.transforms.rotate import DTYPES, RotateOptions
 from quantkit.transforms.simulate import Simulation
 
 SCHEMES = ("mxfp4", "nvfp4", "mxfp8", "osc", "int4")
@@ -52,7 +52,7 @@ class SmoothOptions:
     sites: tuple[str, ...] = KINDS
     scheme: str = "mxfp4"  # what will be packed: the rounding that errors are measured with
     scale_rule: str = "even"
-    hadamard: str = "recorded"  # the online Hadamard that will follow: a size, full, none
+    hadamard: str = "auto"  # the online Hadamard that will follow: a size, full, none, recorded
     data: str | None = None  # default: what the checkpoint was calibrated with
     samples: int = 16
     seq_len: int | None = None
@@ -237,8 +237,10 @@ class _Run:
             size = largest_size(site.width)
         elif asked.isdigit() and int(asked):
             size = int(asked)
-        elif asked == "recorded":
+        elif asked == "recorded" or (asked == "auto" and self.online):
             size = self.online.get(site.key, self.online.get(site.kind))
+        elif asked == "auto":
+            size = _usual_hadamard(scheme, site)
         if size is not None and site.width % size:
             size = largest_size(site.width)
         if scheme != "osc":
@@ -270,6 +272,15 @@ class _Run:
             return Decision(scale, **json.loads(file.metadata()["decision"]))
 
 
+def _usual_hadamard(scheme: str, site: Site) -> int | None:
+    """What `rotate` does for a scheme when it is asked for nothing else."""
+    if scheme in ("mxfp4", "osc"):
+        return RotateOptions().block
+    if scheme == "int4" and site.kind == "mlp_out":
+        return largest_size(site.width)
+    return None
+
+
 def recorded_hadamards(source: Checkpoint) -> dict[str, int]:
     """Sizes of the online Hadamards that earlier steps recorded, by site kind or key."""
     forms = online_hadamards(source.manifest)
@@ -288,8 +299,9 @@ def _check(options: SmoothOptions) -> None:
         raise UsageError(f"--sites: some of {','.join(KINDS)}")
     if options.scheme not in SCHEMES:
         raise UsageError(f"--scheme {options.scheme}: one of {', '.join(SCHEMES)}")
-    if options.hadamard not in ("recorded", "none", "full") and not options.hadamard.isdigit():
-        raise UsageError(f"--hadamard {options.hadamard}: recorded, none, full or a size")
+    named = ("auto", "recorded", "none", "full")
+    if options.hadamard not in named and not options.hadamard.isdigit():
+        raise UsageError(f"--hadamard {options.hadamard}: {', '.join(named)} or a size")
     if options.samples < 2:
         raise UsageError("--samples: at least two, one to fit on and one to judge on")
     if options.dtype not in (None, *DTYPES):

@@ -32,6 +32,7 @@ from quantkit.transforms.decide import Method, decide
 from quantkit.transforms.equivalence import difference, logits
 from quantkit.transforms.learned import Training
 from quantkit.transforms.observe import Observed, observe
+from quantkit.transforms.rotate import RotateOptions, rotate_checkpoint
 from quantkit.transforms.simulate import Simulation, output_error
 from quantkit.transforms.smooth import REPORT, SmoothOptions, smooth
 from tests.tiny import save_tiny
@@ -296,6 +297,26 @@ def test_stale_statistics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputRejected, match="other weights") as error:
         run(other, tmp_path / "out", method=_unchecked())
     assert "quantkit calibrate" in str(error.value.hint)
+
+
+def test_the_loss_has_the_hadamard_that_will_follow(tmp_path: Path) -> None:
+    # On 64 channels a Hadamard of 32 changes every error; recorded or not it must be the same one.
+    source = save_tiny(tmp_path / "model")
+    data = token_file(tmp_path)
+    rotate_checkpoint(source, RotateOptions(block=32), Target(tmp_path / "rotated"))
+    method = Method("max")
+    reports = []
+    for name, start, asked in (
+        ("a", source, "auto"),
+        ("b", tmp_path / "rotated", "auto"),
+        ("c", source, "32"),
+        ("d", source, "none"),
+        ("e", source, "recorded"),
+    ):
+        output = run(start, tmp_path / name, data, method=method, hadamard=asked)
+        reports.append((output / REPORT).read_text())
+    assert reports[0] == reports[1] == reports[2]
+    assert reports[3] == reports[4] != reports[0]
 
 
 def test_defaults_are_valid() -> None:
