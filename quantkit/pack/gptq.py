@@ -41,6 +41,7 @@ def compensate(
     width = w.shape[1] - free
     grid = grid_of(w[:, :width])
     factor, order = _inverse_factor(hessian, width, damping)
+    block_of = [column // grid.block for column in order.tolist()]
     steps = grid.step().t().contiguous()  # [blocks, out]
     columns = w.float().t()[order].contiguous()  # [in + free, out], in visiting order
     for first in range(0, width, BLOCK):
@@ -48,7 +49,7 @@ def compensate(
         inner = factor[first:last, first:last]
         part, errors = columns[first:last], torch.empty_like(columns[first:last])
         for i in range(last - first):
-            step = steps[int(order[first + i]) // grid.block]
+            step = steps[block_of[first + i]]
             rounded = round_to_element_(part[i] / step, grid.element).mul_(step)
             torch.sub(part[i], rounded, out=errors[i]).div_(inner[i, i])
             if i + 1 < last - first:

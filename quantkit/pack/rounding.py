@@ -35,6 +35,15 @@ class Rounded:
         """The main path's tensors."""
         return self.grid.encode(self.latent)
 
+    def split(self, rows: list[int]) -> list[Rounded]:
+        """Linears that were rounded together, by their numbers of outputs."""
+        scales = self.grid.scale.split(rows)
+        grids = [Grid(self.grid.name, scale, self.grid.divisor) for scale in scales]
+        branches = [None] * len(rows) if self.branch is None else self.branch.split(rows)
+        return [
+            Rounded(*part) for part in zip(self.latent.split(rows), grids, branches, strict=True)
+        ]
+
 
 def round_weight(
     w: Tensor,

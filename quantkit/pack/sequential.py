@@ -173,20 +173,17 @@ class Sequential:
     ) -> None:
         weights = weights_of_group(self.job, site, fmt, group)
         rests = [rest.to(self.device) for rest, _ in weights]
-        divisor = global_divisor(rests) if fmt.weights == "nvfp4" else None
-        rounded = [
-            round_for_inputs(
-                rest,
-                None if columns is None else columns.float().to(self.device),
-                fmt,
-                moments,
-                self.job.scheme.scale_rule,
-                divisor,
-                self.options.four_over_six,
-            )
-            for rest, (_, columns) in zip(rests, weights, strict=True)
-        ]
-        self._write(site, fmt, group, rounded)
+        columns = [part.float() for _, part in weights if part is not None]
+        rounded = round_for_inputs(
+            torch.cat(rests),
+            torch.cat(columns).to(self.device) if columns else None,
+            fmt,
+            moments,
+            self.job.scheme.scale_rule,
+            global_divisor(rests) if fmt.weights == "nvfp4" else None,
+            self.options.four_over_six,
+        )
+        self._write(site, fmt, group, rounded.split([len(rest) for rest in rests]))
 
     def _write(
         self, site: Site, fmt: SiteFormat, group: Sequence[Linear], rounded: Sequence[Rounded]
