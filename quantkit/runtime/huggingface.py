@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantkit.errors import QuantkitError
 from quantkit.pack import scheme as schemes
 from quantkit.runtime.convert import replace_linears
 from quantkit.runtime.experts import QuantExperts
@@ -45,6 +46,7 @@ class QuantkitQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: QuantkitConfig
+    _packed_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed: the reference runs everywhere."""
@@ -57,11 +59,22 @@ class QuantkitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         dtype = getattr(self, "_dtype", torch.bfloat16)
         replace_linears(model, self.quantization_config.scheme, dtype)
+        self._packed_experts = any(isinstance(m, QuantExperts) for m in model.modules())
+        if self._packed_experts and not hasattr(HfQuantizer, "update_weight_conversions"):
+            raise QuantkitError(
+                "this transformers would merge a mixture's packed experts while it loads them",
+                "pip install --upgrade transformers",
+            )
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Experts keep the checkpoint's own names: nothing merges them into fused tensors."""
-        if not any(isinstance(module, QuantExperts) for module in model.modules()):
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: Any = None
+    ) -> list[Any]:
+        """Experts keep the checkpoint's own names: nothing merges them into fused tensors.
+
+        Earlier versions of transformers do not say which model.
+        """
+        if not self._packed_experts:
             return weight_conversions
         return [c for c in weight_conversions if not isinstance(c, WeightConverter)]
 

@@ -138,5 +138,5 @@ def test_json_that_could_not_be_written_again(text: bytes) -> None:
 def test_errors_are_one_printable_line(text: str) -> None:
     error = QuantkitError(text * 50, text)
     assert error.message.isprintable()
-    assert len(error.message) < 1000
+    assert len(error.message) <= 1000
     assert error.hint == one_line(text)
