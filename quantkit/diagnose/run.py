@@ -32,6 +32,7 @@ from quantkit.evaluate.perplexity import Excess, compare, summarise
 from quantkit.model.block import BlockRunner
 from quantkit.model.families import describe
 from quantkit.model.sites import KINDS
+from quantkit.model.timing import ROUNDED, pace
 from quantkit.pack.job import Job, PackOptions, prepare
 
 SIGMAS = (0.01, 0.03, 0.1, 0.3)
@@ -129,6 +130,13 @@ def dry_run(checkpoint: str | Path | None, options: Options) -> dict[str, Any]:
     runs = [len(set(at.values())) for at in histories(layout, arrangements)]
     state = tokens.ids.numel() * layout.hidden * 2
     block = sum(t.nbytes for t in source.tensors.values()) // layout.n_layers
+    runner = BlockRunner(source, layout, device=choose_device(options.device))
+    measured = pace(runner, tokens.ids[:1])
+    windows = len(tokens.ids)
+    seconds = windows * (ROUNDED * measured.block * sum(runs) + measured.head * len(arrangements))
+    noise = min(options.noise_windows, 2 if options.quick else windows)
+    seconds += noise * len(SIGMAS) * len(KINDS) * measured.whole(layout.n_layers)
+    seconds += noise * ROUNDED * measured.block * layout.n_layers * len(jobs)
     return {
         "checkpoint": str(source.path),
         "data": tokens.description,
@@ -137,6 +145,7 @@ def dry_run(checkpoint: str | Path | None, options: Options) -> dict[str, Any]:
         "block_passes": sum(runs),
         "whole_passes": sum(runs) / layout.n_layers,
         "passes_if_run_apart": len(arrangements),
+        "seconds": seconds,
         "peak_memory_bytes": min(max(runs) * state, STATE_MEMORY) + (2 + len(jobs)) * block,
     }
 

@@ -90,7 +90,7 @@ def dry_run_text(found: dict[str, Any]) -> str:
             f"{found['block_passes']} passes of a block over all windows "
             f"({found['whole_passes']:.1f} times the whole model; "
             f"{found['passes_if_run_apart']} sets run apart would take as many)",
-            f"about {found['peak_memory_bytes'] / 1e9:.2f} GB of memory; kernel: reference; "
-            "nothing was run",
+            f"about {found['seconds'] / 60:.0f} minutes and "
+            f"{found['peak_memory_bytes'] / 1e9:.2f} GB of memory; kernel: reference",
         ]
     )

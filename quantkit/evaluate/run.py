@@ -125,6 +125,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         todo = [s for s in subjects if plan.restart or not _losses_file(s, plan.tokens).exists()]
         found["text"] = plan.tokens.description
         found["tokens"] = plan.tokens.ids.numel() * len(todo)
+        if (seconds := _seconds(plan, todo)) is not None:
+            found["seconds"] = seconds
     if plan.questions is not None:
         asked = plan.questions
         with tasks.working_folder() as work:
@@ -139,11 +141,30 @@ def dry_run(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def _seconds(plan: Plan, todo: Sequence[Subject]) -> float | None:
+    """Time of the text, from one window through the original's first block and head."""
+    from quantkit.model.block import BlockRunner
+    from quantkit.model.families import describe
+    from quantkit.model.timing import ROUNDED, pace
+
+    plain = [s for s in (plan.original, plan.subject) if s is not None and not _is_packed(s)]
+    if not plain or plan.tokens is None:
+        return None
+    source = plain[0].checkpoint
+    layout = describe(source.config, source.tensors)
+    measured = pace(BlockRunner(source, layout, device=plain[0].device), plan.tokens.ids[:1])
+    whole = measured.whole(layout.n_layers) * len(plan.tokens.ids)
+    return sum(whole * (ROUNDED if _is_packed(subject) else 1) for subject in todo)
+
+
+def _is_packed(subject: Subject) -> bool:
+    return "quantization_config" in subject.checkpoint.config
+
+
 def _memory(subject: Subject, tokens: int) -> int:
     """Bytes a model needs at once: its files, the decoded weights of a packed one, the logits."""
     seen = inspect(subject.checkpoint)
-    packed = "quantization_config" in subject.checkpoint.config
-    decoded = 2 * sum(site["weights"] for site in seen["sites"]) if packed else 0
+    decoded = 2 * sum(s["weights"] for s in seen["sites"]) if _is_packed(subject) else 0
     logits = lm.LOGIT_BYTES * tokens * int(seen["shape"].get("vocab", 0))
     return int(seen["bytes"]) + decoded + logits
 

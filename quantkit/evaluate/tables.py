@@ -69,9 +69,10 @@ def dry_run_text(found: dict[str, Any]) -> str:
     lines = [f"{found['checkpoint']}: {found['scheme']}, on {found['device']}"]
     lines.append(f"beside {found['original'] or 'nothing: no original is here'}")
     if "text" in found:
-        lines.append(f"text: {found['text']}; {found['tokens']:,} tokens to compute")
+        time = f", about {found['seconds']:.0f} s" if "seconds" in found else ""
+        lines.append(f"text: {found['text']}; {found['tokens']:,} tokens to compute{time}")
     for name, count in found.get("questions", {}).items():
         lines.append(f"{name}: {count} questions ({found['data'][name]})")
     memory = f"{found['peak_memory_bytes'] / 1e9:.2f} GB of memory"
-    lines.append(f"{found['bytes_read'] / 1e9:.2f} GB read, about {memory}; nothing was run")
+    lines.append(f"{found['bytes_read'] / 1e9:.2f} GB read, about {memory}")
     return "\n".join(lines)
