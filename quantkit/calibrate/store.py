@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from quantkit.calibrate.schema import check_shapes, check_values, check_widths
 from quantkit.checkpoint.header import TensorInfo, header_entry, read_header
 from quantkit.checkpoint.reader import CHUNK, Checkpoint, read_into, tensor_bytes
 from quantkit.checkpoint.safety import inside, open_regular, strict_json
@@ -53,6 +54,7 @@ class Statistics:
         out = torch.empty(info.nbytes, dtype=torch.uint8).view(info.dtype).view(info.shape)
         with open_regular(self.path) as file:
             read_into(file.fileno(), info.start, tensor_bytes(out), self.path)
+        check_values(self.path, info.name, out)
         return out
 
     def has(self, key: str) -> bool:
@@ -113,30 +115,8 @@ def load_statistics(checkpoint: Checkpoint) -> Statistics:
     if statistics.meta["weights_digest"] != checkpoint.weights_digest():
         raise InputRejected(f"{statistics.path}: measured on other weights", hint)
     layout = describe(checkpoint.config, checkpoint.tensors)
-    for name, info in statistics.tensors.items():
-        key, _, statistic = name.rpartition("/")
-        site = layout.by_key.get(key)
-        if site is None or not _fits(statistic, info, site.width):
-            raise InputRejected(f"{statistics.path}: {name[:80]!r} fits no site of the model", hint)
+    check_widths(statistics.path, statistics.tensors, {s.key: s.width for s in layout.sites})
     return statistics
-
-
-def _fits(statistic: str, info: TensorInfo, width: int) -> bool:
-    shape, dtype = info.shape, info.dtype
-    if statistic == "count":
-        return shape == () and dtype == torch.int64
-    if statistic.startswith("qualify"):
-        group = statistic.removeprefix("qualify")
-        return (
-            group in ("32", "64", "128")
-            and shape == (-(-width // int(group)),)
-            and dtype == torch.int64
-        )
-    if statistic.startswith("hits"):
-        return shape == (width,) and dtype == torch.int64
-    if statistic == "tail":
-        return len(shape) == 2 and shape[0] == width and shape[1] > 0 and dtype.is_floating_point
-    return shape == (width,) and dtype.is_floating_point
 
 
 def open_statistics(path: Path) -> Statistics:
@@ -145,6 +125,7 @@ def open_statistics(path: Path) -> Statistics:
     meta = _metadata(path)
     if meta.get("format") != FORMAT or not isinstance(meta.get("weights_digest"), str):
         raise InputRejected(f"{path}: not a statistics file of this version", "calibrate again")
+    check_shapes(path, tensors)
     return Statistics(path, meta, tensors)
 
 

@@ -54,8 +54,16 @@ def test_quantiles_reach_as_low_as_said(calibrated: Path) -> None:
 
 
 def test_joined_files_are_read_by_safetensors(calibrated: Path, tmp_path: Path) -> None:
-    first = {"a/x": torch.arange(6, dtype=torch.bfloat16).view(2, 3), "a/n": torch.tensor(3)}
-    second = {"b/x": torch.rand(5, dtype=torch.float64), "b/y": torch.rand(3)}
+    first = {
+        "a/tail": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
+        "a/absmax": torch.rand(2),
+        "a/count": torch.tensor(3),
+    }
+    second = {
+        "b/mean": torch.rand(5, dtype=torch.float64),
+        "b/absmax": torch.rand(5),
+        "b/count": torch.tensor(1),
+    }
     for name, tensors in (("one", first), ("two", second)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
     parts = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
@@ -67,7 +75,7 @@ def test_joined_files_are_read_by_safetensors(calibrated: Path, tmp_path: Path) 
         assert torch.equal(found[name], tensor)
     statistics = open_statistics(tmp_path / "all.safetensors")
     assert statistics.meta["weights_digest"] == "d"
-    assert statistics.get("b", "x").tolist() == second["b/x"].tolist()
+    assert statistics.get("b", "mean").tolist() == second["b/mean"].tolist()
     again = b"".join(bytes(p) for p in combine(parts[::-1], {"weights_digest": "d"}))
     assert again == joined
 
@@ -107,12 +115,46 @@ def rewritten(calibrated: Path, **changes: torch.Tensor | None) -> bytes:
         {"layers.0.attn_in/qualify0": torch.zeros(3, dtype=torch.int64)},
         {"layers.9.attn_in/absmax": torch.zeros(64)},
         {"nonsense": torch.zeros(64)},
+        {"layers.0.attn_in/more": torch.zeros(64)},
+        {"layers.0.attn_in/absmax": None},
+        {"layers.0.attn_in/tail": torch.zeros(64, 2, 2)},
+        {
+            f"layers.0.attn_in/{name}": torch.zeros(size, dtype=dtype)
+            for name, size, dtype in [
+                ("absmax", 63, torch.float32),
+                *((n, 63, torch.float64) for n in ("mean", "m2", "m3", "m4", "energy", "abs_mean")),
+                *((n, 63, torch.int64) for n in ("hits32", "hits64", "hits128")),
+                ("tail", (63, 2), torch.float32),
+            ]
+        },
     ],
 )
 def test_wrong_shapes(calibrated: Path, tmp_path: Path, changes: dict) -> None:
     folder = stranger(tmp_path, calibrated, rewritten(calibrated, **changes))
     with pytest.raises(InputRejected, match="fits no site"):
         load_statistics(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("energy", float("nan"), "NaN or infinite"),
+        ("absmax", float("inf"), "NaN or infinite"),
+        ("absmax", -1.0, "negative"),
+        ("hits32", -1, "negative"),
+        ("count", -1, "negative"),
+    ],
+)
+def test_wrong_values(calibrated: Path, tmp_path: Path, name: str, value: float, says: str) -> None:
+    """What is not read yet may be wrong; what is read is checked."""
+    name = f"layers.0.attn_in/{name}"
+    wrong = load_file(calibrated / FILE)[name].clone()
+    wrong.view(-1)[-1] = value
+    statistics = load_statistics(
+        open_checkpoint(stranger(tmp_path, calibrated, rewritten(calibrated, **{name: wrong})))
+    )
+    with pytest.raises(InputRejected, match=says):
+        statistics.get(*name.split("/"))
 
 
 @pytest.mark.parametrize(
