@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from quantkit.runtime.on_import import register_with_transformers
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "load"]
@@ -14,3 +16,6 @@ def __getattr__(name: str) -> Any:
 
         return load
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+
+
+register_with_transformers()

@@ -1,6 +1,6 @@
-"""transformers reads and writes packed checkpoints: importing this module registers the method.
+"""What transformers reads and writes packed checkpoints through.
 
-After `import quantkit.runtime.huggingface`, `AutoModelForCausalLM.from_pretrained` understands
+After `import quantkit`, `AutoModelForCausalLM.from_pretrained` understands
 `quant_method: quantkit`, with `device_map`, `generate` and `save_pretrained`.
 """
 
@@ -10,7 +10,6 @@ import copy
 from typing import Any
 
 import torch
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -76,6 +75,8 @@ class QuantkitQuantizer(HfQuantizer):
         """
         if not self._packed_experts:
             return weight_conversions
+        from transformers.core_model_loading import WeightConverter
+
         return [c for c in weight_conversions if not isinstance(c, WeightConverter)]
 
     def is_serializable(self) -> bool:
@@ -102,6 +103,3 @@ def register() -> None:
         register_quantization_config(schemes.METHOD)(QuantkitConfig)
     if schemes.METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(schemes.METHOD)(QuantkitQuantizer)
-
-
-register()

@@ -28,8 +28,9 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import quantkit.runtime.huggingface  # noqa: F401 - registers the method
+    from quantkit.runtime.huggingface import register
 
+    register()
     path = resolve(source)
     checkpoint = open_checkpoint(path)
     make_known(checkpoint.config.get("model_type"))
