@@ -51,7 +51,7 @@ class _After:
         """The spec that the other finders give, with `then` behind its execution."""
         if name != self._name:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]  # so that the others answer, once
+        sys.meta_path.remove(self)  # so that the others answer, once
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec
