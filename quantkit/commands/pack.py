@@ -80,7 +80,13 @@ def run(
     ] = None,
     rounding: Annotated[
         str | None,
-        typer.Option(help="rtn, search or gptq. Default: rtn; w4a4: gptq."),
+        typer.Option(
+            help="rtn, search, gptq or learned (gptq, then trained block by block: for a GPU). "
+            "Default: rtn; w4a4: gptq."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of learned rounding, each block. Default: 200.")
     ] = None,
     four_over_six: Annotated[
         bool,
@@ -88,11 +94,13 @@ def run(
     ] = False,
     data: Annotated[
         str | None,
-        typer.Option(help="Text that gptq rounds on. Default: that of the calibration."),
+        typer.Option(help="Text that gptq and learned round on. Default: that of the calibration."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
     seed: Annotated[int, typer.Option(help="Draws the windows.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto: where gptq computes.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or auto: where gptq and learned compute.")
+    ] = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="float32: separate and transform, but round nothing (for tests)."),
@@ -129,6 +137,7 @@ def run(
         hadamard=hadamard,
         balance=balance,
         four_over_six=four_over_six,
+        steps=steps,
         data=data,
         samples=samples,
         seed=seed,

@@ -46,6 +46,7 @@ class PackOptions:
     hadamard: int | None = None  # block of the online Hadamard; default: what `rotate` recorded
     balance: bool | None = None  # even out channel energies before rounding
     four_over_six: bool = False  # NVFP4 scales: the maximum at 6 or 4
+    steps: int | None = None  # of learned rounding, each block
     data: str | None = None  # text to round on; default: the calibration's
     samples: int | None = None
     seed: int = 0
@@ -168,8 +169,10 @@ def _check_rounding(options: PackOptions) -> None:
         raise UsageError(
             f"--rounding {options.rounding}: one of {', '.join(METHODS)}",
         )
-    if options.four_over_six and options.rounding not in ("rtn", "gptq"):
-        raise UsageError("--four-over-six goes with --rounding rtn or gptq; search covers it")
+    if options.four_over_six and options.rounding == "search":
+        raise UsageError("--four-over-six goes with the other roundings; search covers it")
+    if options.steps is not None and (options.rounding != "learned" or options.steps < 1):
+        raise UsageError("--steps are those of --rounding learned, at least 1")
 
 
 def _needs_inputs(options: PackOptions) -> bool:

@@ -73,10 +73,18 @@ class PackedBlock:
             self._weights[f"{linear.module}.weight"] = weight.to(self.runner.dtype).cpu()
             self._stale = True
             return
-        old = self._ordinary(linear)
-        module = PackedReference(tensors, shared, self.runner.dtype, old.bias)
+        bias = self.bias(linear)
+        self.put(linear, PackedReference(tensors, shared, self.runner.dtype, bias))
+
+    def put(self, linear: Linear, module: nn.Module) -> None:
+        """Let the block compute `linear` by a module of its own."""
         self._modules[linear.module] = module
         self._place(linear.module, module)
+
+    def bias(self, linear: Linear) -> Tensor | None:
+        """The bias of a linear, whatever computes it by now."""
+        found = self.module.get_submodule(linear.module.split(".", 3)[3]).bias
+        return found if isinstance(found, Tensor) else None
 
     def settle(self) -> None:
         """Make installed experts take effect."""
@@ -85,11 +93,6 @@ class PackedBlock:
             for name, module in self._modules.items():
                 self._place(name, module)
             self._stale = False
-
-    def _ordinary(self, linear: Linear) -> nn.Linear:
-        module = self.module.get_submodule(linear.module.split(".", 3)[3])
-        assert isinstance(module, nn.Linear)
-        return module
 
     def _place(self, name: str, module: nn.Module) -> None:
         parent, _, leaf = name.split(".", 3)[3].rpartition(".")

@@ -29,14 +29,27 @@ def branch_tensors(columns: Tensor, channels: Tensor, fmt: SiteFormat) -> dict[s
     padded[:, : len(channels)] = columns
     found = {"outlier_index": index_tensor(channels, fmt.outliers)}
     if fmt.branch == "fp8":
-        amax = padded.float().abs().amax(1, keepdim=True)
-        exponent = scale_exponent(amax, E4M3, "even").clamp(-126, 126)
-        rounded = round_to_element(padded.float() / power_of_two(exponent), E4M3)
-        found["outlier_weight"] = rounded.to(torch.float8_e4m3fn)
+        codes, exponent = _e4m3_rows(padded)
+        found["outlier_weight"] = codes.to(torch.float8_e4m3fn)
         found["outlier_weight_scale"] = encode(exponent)
     else:
         found["outlier_weight"] = padded if fmt.weights == "none" else padded.bfloat16()
     return found
+
+
+def rounded_branch(columns: Tensor, fmt: SiteFormat) -> Tensor:
+    """The values `branch_tensors` gives the columns [out, k], in float32."""
+    if fmt.branch != "fp8":
+        return columns.bfloat16().float()
+    codes, exponent = _e4m3_rows(columns)
+    return codes * power_of_two(exponent)
+
+
+def _e4m3_rows(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Elements (float32, E4M3 values) and the exponent of each row [out, 1]."""
+    amax = columns.float().abs().amax(1, keepdim=True)
+    exponent = scale_exponent(amax, E4M3, "even").clamp(-126, 126)
+    return round_to_element(columns.float() / power_of_two(exponent), E4M3), exponent
 
 
 def rotated(rest: Tensor, fmt: SiteFormat) -> Tensor:

@@ -4,7 +4,8 @@ The hidden states of all samples go through one block after another. Inside a bl
 packed in the order the data meets them, each on inputs made by the packed linears before it, and
 the packed block makes the next one's inputs. Memory holds one block, the second moments of its
 sites and the hidden states (in a file past a limit); an interrupted run continues behind the last
-block whose states were kept.
+block whose states were kept. Learned rounding carries the exact model's states along as well, and
+writes a block when all of it is learned.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit import console
 from quantkit.calibrate.hidden import HiddenStates, kept_boundary
@@ -23,6 +24,7 @@ from quantkit.data.tokens import TokenBatch
 from quantkit.kernels import reference
 from quantkit.model.block import BlockRunner
 from quantkit.model.sites import Linear, Site
+from quantkit.pack.blockwise import Pairs, RoundedGroup, exact_copy, is_expert, learn_block
 from quantkit.pack.group import (
     fused_groups,
     is_done,
@@ -31,8 +33,9 @@ from quantkit.pack.group import (
     weights_of_group,
 )
 from quantkit.pack.job import Job, PackOptions
+from quantkit.pack.learned import Learning
 from quantkit.pack.modules import PackedBlock, SharedInput
-from quantkit.pack.rounding import Rounded, round_for_inputs
+from quantkit.pack.rounding import round_for_inputs
 from quantkit.pack.rtn import global_divisor
 from quantkit.pack.scheme import SiteFormat
 from quantkit.pack.separate import branch_tensors
@@ -62,32 +65,44 @@ class Sequential:
         self.runner = BlockRunner(job.weights, job.layout, device=self.device, dtype=dtype)
         ids = self.tokens.ids
         self.batches = batch_ranges(ids.shape[0], ids.shape[1], self.device)
-        self.states = HiddenStates(
-            self.step.writer.scratch,
-            self.batches,
-            range(len(self.batches)),
-            (ids.shape[1], job.layout.hidden),
-            dtype,
-            STATES_IN_MEMORY,
+        self.states = self._states("")
+        self.exact = self._states("exact") if self.options.rounding == "learned" else None
+        self.learning = Learning(
+            steps=Learning.steps if self.options.steps is None else self.options.steps,
+            seed=self.options.seed,
         )
+        self._waiting: list[RoundedGroup] = []  # to be learned and then written, in order
+        self._unwritten: dict[str, Tensor] = {}
+
+    def _states(self, folder: str) -> HiddenStates:
+        path = self.step.writer.scratch / folder
+        path.mkdir(exist_ok=True)
+        shape = self.tokens.ids.shape[1], self.job.layout.hidden
+        mine = range(len(self.batches))
+        return HiddenStates(path, self.batches, mine, shape, self.runner.dtype, STATES_IN_MEMORY)
 
     def run(self) -> int:
         """Pack every block; returns the number of linears."""
         layout, count = self.job.layout, 0
         start = kept_boundary(self.step.writer.scratch) or 0
+        both = [self.states] if self.exact is None else [self.states, self.exact]
         if start:
-            self.states.load(start)
             console.note(f"continuing behind block {start - 1}")
+            for states in both:
+                states.load(start)
         else:
             for b, (first, last) in enumerate(self.batches):
-                self.states.put(0, b, self.runner.embed(self.tokens.ids[first:last]))
+                embedded = self.runner.embed(self.tokens.ids[first:last])
+                for states in both:
+                    states.put(0, b, embedded)
         try:
             with console.progress("pack", layout.n_layers - start) as progress:
                 for layer in range(start, layout.n_layers):
-                    self._block(layer)
-                    progress.advance(detail=f"block {layer}")
+                    learned = self._block(layer)
+                    progress.advance(detail=f"block {layer}{learned}")
         finally:
-            self.states.close()
+            for states in both:
+                states.close()
         for site in layout.sites:
             fmt = self.job.format(site)
             if fmt is not None:
@@ -96,8 +111,9 @@ class Sequential:
                     self.step.writer.drop(linear.tensor)
         return count
 
-    def _block(self, layer: int) -> None:
-        block = PackedBlock(self.runner, layer)
+    def _block(self, layer: int) -> str:
+        block, said = PackedBlock(self.runner, layer), ""
+        exact = None if self.exact is None else exact_copy(block.module)
         for stage in stages(self.job.layout.layer_sites(layer)):
             wanted = [(site, fmt) for site in stage if (fmt := self.job.format(site)) is not None]
             unpacked = [pair for pair in wanted if not self._all_done(*pair)]
@@ -105,19 +121,45 @@ class Sequential:
             for site, fmt in wanted:
                 for group in fused_groups(site):
                     if not is_done(self.step.writer, fmt, group):
-                        self._pack_group(site, fmt, group, moments[site.key])
+                        self._round_group(site, fmt, group, moments[site.key])
                     self._install(block, site, fmt, group)
             block.settle()
-        last = layer + 1 == self.job.layout.n_layers
-        for b in range(len(self.batches)):
-            if not last:  # nobody reads the last block's output
-                states = self.states.get(layer, b).to(self.device)
-                with torch.no_grad():
-                    self.states.put(layer + 1, b, self.runner.forward(block.module, states))
-        if not last and self.states.worth_keeping():
+        if self.exact is not None and exact is not None:
+            self._forward(exact, self.exact, layer)
+            if self._waiting:
+                said = self._learn(block, layer, self.exact)
+        if layer + 1 == self.job.layout.n_layers:
+            return said  # nobody reads the last block's output
+        self._forward(block.module, self.states, layer)
+        if self.states.worth_keeping():
             self.step.writer.flush()
+            if self.exact is not None:
+                self.exact.keep()
             self.states.keep()
             self.states.mark()
+        return said
+
+    def _forward(self, module: nn.Module, states: HiddenStates, layer: int) -> None:
+        """The states behind a block from those in front of it."""
+        for b in range(len(self.batches)):
+            with torch.no_grad():
+                x = states.get(layer, b).to(self.device)
+                states.put(layer + 1, b, self.runner.forward(module, x))
+
+    def _learn(self, block: PackedBlock, layer: int, exact: HiddenStates) -> str:
+        """Learn what waits, write it, and let the block compute with it; words on the loss."""
+        pairs = Pairs(self.states, exact, layer, self.device)
+        groups, (before, after) = learn_block(self.job, block, self._waiting, pairs, self.learning)
+        self._unwritten.clear()
+        for group in groups:
+            self._encode(group)
+        self.step.writer.write_group(self._unwritten)
+        self._waiting.clear()
+        self._unwritten.clear()
+        for group in groups:
+            if not is_expert(group.linears[0]):
+                self._install(block, group.site, group.format, group.linears)
+        return f", error {before:.3g} -> {after:.3g}"
 
     def _all_done(self, site: Site, fmt: SiteFormat) -> bool:
         return all(is_done(self.step.writer, fmt, group) for group in fused_groups(site))
@@ -168,7 +210,7 @@ class Sequential:
             return operand
         return torch.cat([operand.index_fill(1, channels, 0), operand[:, channels]], 1)
 
-    def _pack_group(
+    def _round_group(
         self, site: Site, fmt: SiteFormat, group: Sequence[Linear], moments: Tensor
     ) -> None:
         weights = weights_of_group(self.job, site, fmt, group)
@@ -183,29 +225,39 @@ class Sequential:
             global_divisor(rests) if fmt.weights == "nvfp4" else None,
             self.options.four_over_six,
         )
-        self._write(site, fmt, group, rounded.split([len(rest) for rest in rests]))
+        whole = RoundedGroup(site, fmt, group, rounded.split([len(rest) for rest in rests]))
+        self._encode(whole)
+        if self.exact is not None:
+            self._waiting.append(whole)
+        else:
+            self.step.writer.write_group(self._unwritten)
+            self._unwritten.clear()
 
-    def _write(
-        self, site: Site, fmt: SiteFormat, group: Sequence[Linear], rounded: Sequence[Rounded]
-    ) -> None:
+    def _encode(self, group: RoundedGroup) -> None:
+        """Add the group's bytes to those that are not written yet."""
         parts = []
-        for one in rounded:
+        for one in group.rounded:
             branch = {}
             if one.branch is not None:
-                branch = branch_tensors(one.branch.cpu(), self.job.channels[site.key], fmt)
+                channels = self.job.channels[group.site.key]
+                branch = branch_tensors(one.branch.cpu(), channels, group.format)
             parts.append(one.encode() | branch)
-        self.step.writer.write_group(tensors_of_group(self.job, site, fmt, group, parts))
+        self._unwritten |= tensors_of_group(
+            self.job, group.site, group.format, group.linears, parts
+        )
 
     def _install(
         self, block: PackedBlock, site: Site, fmt: SiteFormat, group: Sequence[Linear]
     ) -> None:
-        """Let the block compute with the bytes that were written."""
-        writer = self.step.writer
+        """Let the block compute with the bytes that were (or will be) written."""
         shared = SharedInput(fmt, self.job.scheme.scale_rule)
         for linear in group:
-            found = {n: writer.read(n).to(self.device) for n in names_of(fmt, linear)}
+            found = {n: self._read(n).to(self.device) for n in names_of(fmt, linear)}
             tensors = {name.rpartition(".")[2]: tensor for name, tensor in found.items()}
             block.install(linear, tensors, shared)
+
+    def _read(self, name: str) -> Tensor:
+        return self._unwritten[name] if name in self._unwritten else self.step.writer.read(name)
 
 
 def stages(sites: Sequence[Site]) -> Iterator[list[Site]]:

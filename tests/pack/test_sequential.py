@@ -26,6 +26,7 @@ RECIPES = [
     PackOptions("w4a4-plain"),
     PackOptions("osc", rounding="gptq"),
     PackOptions("nvfp4", rounding="gptq", four_over_six=True),
+    PackOptions("w4a4-mx", rounding="learned", steps=4),
 ]
 
 
@@ -87,17 +88,19 @@ def test_less_error_than_nearest(name: str, group: int, calibrated: Path, tmp_pa
     assert run("gptq") < run("rtn")
 
 
-def test_a_block_is_packed_on_inputs_of_the_packed_model(calibrated: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [RECIPES[1], RECIPES[-1]], ids=lambda o: str(o.rounding))
+def test_a_block_is_packed_on_inputs_of_the_packed_model(
+    options: PackOptions, calibrated: Path, tmp_path: Path
+) -> None:
     """What the run carries from block to block is what the packed checkpoint computes."""
     kept: dict[str, torch.Tensor] = {}
 
     class Watched(Sequential):
-        def _block(self, layer: int) -> None:
+        def _block(self, layer: int) -> str:
             kept["states"] = self.states.get(layer, 0).clone()
             kept["ids"] = self.tokens.ids
-            super()._block(layer)
+            return super()._block(layer)
 
-    options = PackOptions("w4a4-mx")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quantkit.pack.sequential.Sequential", Watched)
         out = pack(calibrated, options, Target(tmp_path / "out")).output
@@ -107,11 +110,17 @@ def test_a_block_is_packed_on_inputs_of_the_packed_model(calibrated: Path, tmp_p
     assert torch.equal(hidden[: len(kept["states"])], kept["states"])
 
 
-@pytest.mark.parametrize("at", [("install", 3), ("install", 6), ("forward", 1)])
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        *((RECIPES[1], at) for at in (("install", 3), ("install", 6), ("forward", 1))),
+        *((RECIPES[-1], at) for at in (("install", 6), ("forward", 8), ("forward", 19))),
+    ],
+    ids=lambda x: x.rounding or "gptq" if isinstance(x, PackOptions) else f"{x[0]}-{x[1]}",
+)
 def test_interrupted_runs_end_with_the_same_bytes(
-    at: tuple[str, int], calibrated: Path, tmp_path: Path
+    options: PackOptions, at: tuple[str, int], calibrated: Path, tmp_path: Path
 ) -> None:
-    options = PackOptions("w4a4-mx")
     whole = pack(calibrated, options, Target(tmp_path / "whole")).output
     name, after = at
     owner, attribute = {
