@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--smoke", action="store_true", help="toy sizes for a CPU")
     parser.add_argument("--held-windows", type=int, default=128)
+    parser.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU")
     for field in dataclasses.fields(Recipe):
         if field.name not in ("seed", "sink", "registers"):
             kind = str if field.name == "hinge_on" else type(field.default)
@@ -189,7 +190,7 @@ def main() -> None:
             recipe = Recipe(**{**changes, "hinge": 0.0, **options, **hinge, "seed": seed})
             jobs.append((f"{variant}-{seed}", recipe))
     count = torch.cuda.device_count()
-    devices = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    devices = [f"cuda:{i}" for i in range(count)] * args.runs_per_gpu or ["cpu"]
     if len(devices) > 1:
         mp.spawn(job, (devices, jobs, args), nprocs=len(devices))
     else:
