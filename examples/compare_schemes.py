@@ -1,71 +1,263 @@
-"""Pack one calibrated checkpoint in many ways and compare what each costs and loses.
+"""Pack calibrated checkpoints in many ways and compare what each costs and loses.
 
-    quantkit calibrate model/ --data wikitext
+    quantkit calibrate model/ --data wikitext --seed 0 -o model-calibrated
     python examples/compare_schemes.py model-calibrated --data wikitext
 
-prints true bits per weight, perplexity, and excess loss with its standard error for round to
-nearest under three scale rules, NVFP4, and OSC with its variants, all on the same tokens.
+packs one model in every way of the table SCHEMES below, runs each packed checkpoint, and prints
+true bits per weight (of the files), excess loss over the unquantized model on the same tokens, and
+which schemes nothing beats at their size. More calibrated checkpoints of the same model (other
+seeds) give the mean over calibrations and their spread:
+
+    python examples/compare_schemes.py seed0 seed1 seed2 --data wikitext --jobs 8 -o schemes
+
+writes `schemes.json`, `schemes.md` and `schemes.png` (needs matplotlib). Rows that are in the JSON
+already are not made again, so an interrupted run continues. `--peers FILE` adds results of other
+tools, which examples/peer_losses.py measures where they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from scheme_table import HEADER, cells, lines_of, markdown, plot
 
 from quantkit import console
-from quantkit.checkpoint.step import Target
-from quantkit.evaluate.run import Text, evaluate, prepare
+from quantkit.errors import QuantkitError
 from quantkit.pack.job import PackOptions
-from quantkit.pack.pack import pack
 
-CHOICES = {
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokens every scheme is judged on."""
+
+    data: str
+    windows: int | None
+    seq_len: int | None
+
+
+def osc(group: int, rounding: str, mlp_out: str | None = None) -> PackOptions:
+    """The paper's scheme, mlp_out in MXFP8 unless said otherwise."""
+    return PackOptions("osc", group=group, rounding=rounding, mlp_out=mlp_out)
+
+
+def recipe(name: str, rounding: str, branch_bits: float | None = None) -> PackOptions:
+    """A 4-bit recipe with another rounding, or another size of its branch."""
+    return PackOptions(name, rounding=rounding, branch_bits=branch_bits)
+
+
+SCHEMES: dict[str, PackOptions] = {
     "mxfp4, floor": PackOptions("mxfp4", scale_rule="floor"),
-    "mxfp4, even": PackOptions("mxfp4"),
     "mxfp4, rceil": PackOptions("mxfp4", scale_rule="rceil"),
-    "nvfp4": PackOptions("nvfp4"),
-    "osc, groups of 32": PackOptions("osc", group=32),
-    "osc, groups of 64": PackOptions("osc", group=64),
-    "osc, 4-bit mlp_out, groups of 32": PackOptions("osc", group=32, mlp_out="mxfp4"),
-    "osc, 4-bit mlp_out, groups of 64": PackOptions("osc", group=64, mlp_out="mxfp4"),
+    "mxfp4, even": PackOptions("mxfp4"),
+    "mxfp4, search": PackOptions("mxfp4", rounding="search"),
+    "mxfp4, gptq": PackOptions("mxfp4", rounding="gptq"),
+    "w4a4-plain, rtn": recipe("w4a4-plain", "rtn"),
+    "w4a4-plain, gptq": recipe("w4a4-plain", "gptq"),
+    "w4a4-plain, learned": recipe("w4a4-plain", "learned"),
+    "w4a4-mx, branch of 0.25 bits, rtn": recipe("w4a4-mx", "rtn", 0.25),
+    "w4a4-mx, branch of 0.25 bits, gptq": recipe("w4a4-mx", "gptq", 0.25),
+    "w4a4-mx, branch of 0.25 bits, learned": recipe("w4a4-mx", "learned", 0.25),
+    "w4a4-mx, branch of 0.5 bits, rtn": recipe("w4a4-mx", "rtn", 0.5),
+    "w4a4-mx, branch of 0.5 bits, gptq": recipe("w4a4-mx", "gptq", 0.5),
+    "w4a4-mx, branch of 0.5 bits, learned": recipe("w4a4-mx", "learned", 0.5),
+    "nvfp4, rtn": PackOptions("nvfp4"),
+    "nvfp4, gptq": PackOptions("nvfp4", rounding="gptq"),
+    "nvfp4, gptq, four over six": PackOptions("nvfp4", rounding="gptq", four_over_six=True),
+    "w4a4, branch of 0.25 bits, rtn": recipe("w4a4", "rtn", 0.25),
+    "w4a4, branch of 0.25 bits, gptq": recipe("w4a4", "gptq", 0.25),
+    "w4a4, branch of 0.25 bits, learned": recipe("w4a4", "learned", 0.25),
+    "w4a4, branch of 1.2 bits, rtn": recipe("w4a4", "rtn", 1.2),
+    "w4a4, branch of 1.2 bits, gptq": recipe("w4a4", "gptq", 1.2),
+    "w4a4, branch of 1.2 bits, learned": recipe("w4a4", "learned", 1.2),
+    **{
+        f"osc, groups of {group}, {rounding}": osc(group, rounding)
+        for group in (32, 64, 128)
+        for rounding in ("rtn", "gptq")
+    },
+    **{
+        f"osc, 4-bit mlp_out, groups of {group}, {rounding}": osc(group, rounding, "mxfp4")
+        for group in (32, 64, 128)
+        for rounding in ("rtn", "gptq")
+    },
 }
 
 
+def needs_calibration(options: PackOptions) -> bool:
+    """Whether a scheme's result depends on the calibration (or is one for all of them)."""
+    return options.scheme != "mxfp4" or options.rounding not in (None, "rtn")
+
+
+def measure(checkpoint: str, seed: int, options: PackOptions, text: Text, work: str) -> Row:
+    """Pack one checkpoint in one way, run it, and throw it away; in a process of its own."""
+    import torch
+    from transformers.utils import logging
+
+    import quantkit
+    from quantkit.checkpoint.inspect import inspect
+    from quantkit.checkpoint.reader import open_checkpoint
+    from quantkit.checkpoint.step import Target
+    from quantkit.evaluate.perplexity import compare, negative_log_likelihood, summarise
+    from quantkit.kernels import dispatch
+    from quantkit.pack.pack import pack
+
+    console.OUTPUT.quiet = True
+    logging.disable_progress_bar()
+    options, batch = replace(options, seed=seed), 8 if options.device.startswith("cuda") else 1
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        start = time.monotonic()
+        packed = pack(checkpoint, options, Target(Path(folder) / "packed")).output
+        seconds = time.monotonic() - start
+        dispatch.forget()
+        model = quantkit.load(str(packed), device=options.device)
+        nll = negative_log_likelihood(model, tokens_of(text, checkpoint).ids, batch=batch)
+        excess = compare(torch.load(Path(work) / "exact.pt"), nll)
+        return {
+            "bits": inspect(open_checkpoint(packed))["bits_per_weight"],
+            "excess": excess.mean,
+            "stderr": excess.stderr,
+            "perplexity": summarise(nll).perplexity,
+            "pack_seconds": round(seconds, 1),
+            "kernels": sorted(dispatch.summary()),
+        }
+
+
+def tokens_of(text: Text, checkpoint: str) -> Any:
+    """The tokens to be judged on."""
+    from quantkit.data.tokens import load_tokens
+
+    return load_tokens(
+        text.data, Path(checkpoint), samples=text.windows, seq_len=text.seq_len, held_out=True
+    )
+
+
+def exact_losses(checkpoint: str, text: Text, device: str, work: str) -> Row:
+    """The unquantized model's losses, kept for the workers; its row of the table."""
+    import torch
+
+    import quantkit
+    from quantkit.evaluate.perplexity import negative_log_likelihood, summarise
+
+    model, tokens = quantkit.load(checkpoint, device=device), tokens_of(text, checkpoint)
+    nll = negative_log_likelihood(model, tokens.ids, batch=8 if device != "cpu" else 1)
+    torch.save(nll, Path(work) / "exact.pt")
+    bits = 8.0 * next(model.parameters()).element_size()
+    row = {"bits": bits, "excess": 0.0, "stderr": 0.0, "perplexity": summarise(nll).perplexity}
+    return row | {"text": tokens.description, "digest": tokens.digest}
+
+
+def fill(
+    table: Row,
+    file: Path,
+    checkpoints: Sequence[str],
+    text: Text,
+    device: str,
+    jobs: int,
+    word: str,
+) -> None:
+    """Make the rows that `table` lacks, several at a time, writing `file` after each."""
+    todo = [
+        (name, seed, replace(options, device=device))
+        for seed in range(len(checkpoints))
+        for name, options in SCHEMES.items()
+        if word in name
+        and (not seed or needs_calibration(options))
+        and str(seed) not in table["schemes"].get(name, {})
+    ]
+    todo.sort(key=lambda one: (one[1], one[2].rounding != "learned"))  # the longest first
+    if not todo:
+        return
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the workers
+    with tempfile.TemporaryDirectory(dir=file.resolve().parent) as work:
+        exact = exact_losses(checkpoints[0], text, device, work)
+        if table.get("original", exact)["digest"] != exact["digest"]:
+            raise SystemExit(f"{file} holds results on other tokens: give another -o")
+        table["original"] = exact
+        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+        waiting = {
+            pool.submit(measure, checkpoints[seed], seed, options, text, work): (name, seed)
+            for name, seed, options in todo
+        }
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                name, seed = waiting[future]
+                said = f"{done}/{len(todo)} {name}, calibration {seed}"
+                try:
+                    row = future.result()
+                except QuantkitError as error:
+                    print(f"{said}: {error}", file=sys.stderr)
+                    continue
+                table["schemes"].setdefault(name, {})[str(seed)] = row
+                write(file, table)
+                print(f"{said}: {row['bits']:.3f} bits, {row['excess']:+.4f}", file=sys.stderr)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+
+def write(file: Path, table: Row) -> None:
+    """Replace the JSON file by a whole one."""
+    temporary = file.with_suffix(".new")
+    temporary.write_text(json.dumps(table, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def read_peers(file: Path | None, table: Row) -> list[Row]:
+    """Peers' results on the same tokens; those on others are named and left out."""
+    if file is None:
+        return []
+    peers, digest = json.loads(file.read_text()), table.get("original", {}).get("digest")
+    for peer in peers:
+        if digest and peer["digest"] != digest:
+            print(f"{peer['name']}: measured on other tokens, left out", file=sys.stderr)
+    return [peer for peer in peers if not digest or peer["digest"] == digest]
+
+
 def main() -> None:
-    """Parse the command line, pack and evaluate every choice, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("checkpoint", help="a calibrated checkpoint")
+    """Parse the command line, fill the table, write and print it."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="+", help="calibrated checkpoints of one model")
     parser.add_argument("--data", default="sample")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=None)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", default="", help="only choices that contain this word")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1, help="schemes measured at the same time")
+    parser.add_argument("--only", default="", help="only schemes that contain this word")
+    parser.add_argument("--peers", type=Path, help="results of examples/peer_losses.py")
+    parser.add_argument("-o", "--output", default="schemes", help="without .json, .md, .png")
     options = parser.parse_args()
+    from quantkit.evaluate.models import choose_device
 
-    rows, found = [], {}
-    for name, packing in CHOICES.items():
-        if options.only not in name:
-            continue
-        with tempfile.TemporaryDirectory(dir=Path(options.checkpoint).parent) as folder:
-            packed = pack(options.checkpoint, packing, Target(Path(folder) / "packed")).output
-            text = Text(options.data, options.windows, options.seq_len)
-            report = evaluate(prepare(packed, text=text, device=options.device))
-        part = report["perplexity"]
-        found[name] = {"bits_per_weight": report["bits_per_weight"], **part}
-        if not rows and "original" in part:
-            bits, before = report["original_bits_per_weight"], part["original"]
-            rows.append(("original", f"{bits:.3f}", f"{before['perplexity']:.2f}", ""))
-        excess = f"{part['excess_nll']:+.4f} ± {part['excess_nll_stderr'] or 0:.4f}"
-        bits, after = report["bits_per_weight"], part["packed"]
-        rows.append((name, f"{bits:.3f}", f"{after['perplexity']:.2f}", excess))
-        print(" ".join(rows[-1]), file=sys.stderr)
-    if options.json:
-        print(json.dumps(found, indent=2))
-    else:
-        print(console.table(("scheme", "bits/weight", "perplexity", "excess nats/token"), rows))
+    file = Path(f"{options.output}.json")
+    table: Row = json.loads(file.read_text()) if file.exists() else {"schemes": {}}
+    text = Text(options.data, options.windows, options.seq_len)
+    device = choose_device(options.device)
+    interrupted = False
+    try:
+        fill(table, file, options.checkpoints, text, device, options.jobs, options.only)
+    except KeyboardInterrupt:
+        interrupted = True
+    lines = lines_of(table, list(SCHEMES), read_peers(options.peers, table))
+    rows = cells(table, [line for line in lines if line.peer or options.only in line.name])
+    file.with_suffix(".md").write_text(markdown(rows))
+    plot(lines, file.with_suffix(".png"))
+    print(console.table(HEADER, rows))
+    sys.exit(130 if interrupted else 0)
 
 
 if __name__ == "__main__":

@@ -103,3 +103,6 @@ def register() -> None:
         register_quantization_config(schemes.METHOD)(QuantkitConfig)
     if schemes.METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(schemes.METHOD)(QuantkitQuantizer)
+
+
+register()

@@ -29,6 +29,9 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
+    adapter = sys.modules.get("quantkit.runtime.huggingface")
+    if adapter is not None and not hasattr(adapter, "register"):
+        return  # it is what imports the table just now; it registers itself at its end
     try:
         importlib.import_module("quantkit.runtime.huggingface").register()
     except ImportError as error:  # a transformers of another age must still be importable

@@ -39,9 +39,10 @@ def test_importing_quantkit_imports_nothing_heavy(tmp_path: Path) -> None:
     [
         "import quantkit\nfrom transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM\nimport quantkit",
+        "import quantkit.runtime.huggingface\nfrom transformers import AutoModelForCausalLM",
         "import transformers, quantkit\nfrom transformers import AutoModelForCausalLM",
     ],
-    ids=["quantkit first", "transformers first", "transformers begun"],
+    ids=["quantkit first", "transformers first", "the adapter first", "transformers begun"],
 )
 def test_from_pretrained_after_import(calibrated: Path, tmp_path: Path, imports: str) -> None:
     packed = pack(calibrated, PackOptions("osc"), Target(tmp_path / "packed")).output
