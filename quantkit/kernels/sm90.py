@@ -82,6 +82,7 @@ def prepare(kernel: Kernel, work: Work, linears: Sequence[Mapping[str, Tensor]])
     if device.type == "cuda":
         # A GEMM fetches weights before the kernels in front of it are done (programmatic launch).
         torch.cuda.synchronize(device)
+        reserve(device)
     return layer
 
 
@@ -291,7 +292,7 @@ def gemm(
         return out
     plan = sm90_tiles.plan(outputs, width, count, _multiprocessors(tokens.device.index))
     tile = plan.tile
-    partials, flags = _workspace(tokens, plan)
+    partials, flags = _workspace(tokens)
     bricks = -(-width // COLUMNS)
     args = GemmArguments(
         weights=weights.data_ptr(),
@@ -334,24 +335,39 @@ def _(
     return tokens.new_empty(count, outputs, dtype=dtype)
 
 
-_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+Workspace = tuple[Tensor, Tensor]  # partial sums, flags (zero between launches)
+_workspaces: dict[tuple[int, int], Workspace] = {}  # by device and stream
+_spare: dict[int, list[Workspace]] = {}
 _sms: dict[int, int] = {}
+SPARE = 4  # streams of a device that use kernels: the default one, those of graph captures
 
 
-def _workspace(like: Tensor, plan: sm90_tiles.Plan) -> tuple[Tensor, Tensor]:
-    """Partial sums and flags of the split schedule: one set a stream, flags zero between launches.
+def reserve(device: torch.device) -> None:
+    """Allocate workspaces ahead of their use.
 
-    Its size is the largest that any plan needs, so that graphs captured earlier stay valid.
+    Inside the capture of a CUDA graph, and in the warm-up of those of torch.compile, a new tensor
+    would live in the graph's own memory.
     """
-    stream = torch.cuda.current_stream(like.device).cuda_stream
-    key = like.device.index, stream
+    if device.index not in _spare:
+        _spare[device.index] = [_new_workspace(device) for _ in range(SPARE)]
+
+
+def _new_workspace(device: torch.device) -> Workspace:
+    """What the split schedule needs at most, so that graphs captured earlier stay valid."""
+    ctas = _multiprocessors(device.index)
+    slot = max(t.row_groups * ROWS * t.tokens for t in sm90_tiles.TILES if t.tokens <= 64)
+    return (
+        torch.empty(ctas * slot, dtype=torch.float32, device=device),
+        torch.zeros(ctas, dtype=torch.int32, device=device),
+    )
+
+
+def _workspace(like: Tensor) -> Workspace:
+    """The workspace of the current stream: launches of one stream follow one another."""
+    key = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
     if key not in _workspaces:
-        ctas = _multiprocessors(like.device.index)
-        slot = max(t.row_groups * ROWS * t.tokens for t in sm90_tiles.TILES if t.tokens <= 64)
-        _workspaces[key] = (
-            like.new_empty(ctas * slot, dtype=torch.float32),
-            like.new_zeros(ctas, dtype=torch.int32),
-        )
+        spare = _spare.get(like.device.index)
+        _workspaces[key] = spare.pop() if spare else _new_workspace(like.device)
     return _workspaces[key]
 
 

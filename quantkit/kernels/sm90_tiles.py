@@ -48,7 +48,6 @@ TILES = (
     Tile(256, 2, 1, 1, 4),
 )
 PREFILL = 192  # more tokens than this take the 256-token tile
-FP32_TOKENS = 32  # FP32 results: tiles that promote their sums often enough
 
 WEIGHT_STRUCTS = {"mxfp4": "Mxfp4<cutlass::float_e5m2_t>"}
 BRANCH_STRUCTS = {None: "NoBranch", "bf16": "Bf16Branch", "fp8": "Fp8Branch"}

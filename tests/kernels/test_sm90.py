@@ -157,9 +157,29 @@ def test_every_tile_compiles_without_serialized_wgmma(built):
         assert spilled <= 64, tile  # outside the main loop
 
 
+def test_streams_take_workspaces_made_before_any_capture(monkeypatch):
+    made, stream = [], [11]
+    monkeypatch.setattr(sm90, "_spare", {})
+    monkeypatch.setattr(sm90, "_workspaces", {})
+    monkeypatch.setattr(sm90, "_new_workspace", lambda device: made.append(device) or len(made))
+    current = type("Stream", (), {"cuda_stream": property(lambda self: stream[0])})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    like = type("Like", (), {"device": torch.device("cuda:0")})()
+    sm90.reserve(like.device)
+    sm90.reserve(like.device)
+    assert len(made) == sm90.SPARE
+    first = sm90._workspace(like)
+    stream[0] = 12
+    assert sm90._workspace(like) != first
+    stream[0] = 11
+    assert sm90._workspace(like) == first
+    assert len(made) == sm90.SPARE
+
+
 # ---- on the GPU
 
-HALF = {torch.bfloat16: 1.8e-3, torch.float16: 3e-4, torch.float32: 3e-4}
+# Of the float32 sum, and with it the rounding of the output (relative, root mean square).
+BOUNDS = {torch.bfloat16: 1.8e-3, torch.float16: 3.7e-4, torch.float32: 3e-4}
 
 
 def needs_hopper() -> None:
@@ -207,10 +227,10 @@ def test_the_gemm_is_exact_up_to_its_sum(branch, tokens, width, outputs):
     x = inputs(tokens, width)
     expected = exact(task, linears, x)
     operands = module.quantize(x)
-    for dtype, bound in HALF.items():
+    for dtype, bound in BOUNDS.items():
         y = module.multiply(*operands, dtype)
         assert relative_error(y, expected) <= bound, dtype
-        assert torch.equal(y, module.multiply(*operands, dtype))
+        assert torch.equal(y, module.multiply(*operands, dtype)), dtype
 
 
 @pytest.mark.gpu
@@ -223,9 +243,9 @@ def test_long_sums_and_full_range_exponents(width, tokens):
     module = sm90.prepare(KERNEL, task, linears)
     x = inputs(tokens, width)
     expected = exact(task, linears, x)
-    assert relative_error(module(x), expected) <= HALF[torch.bfloat16]
+    assert relative_error(module(x), expected) <= BOUNDS[torch.bfloat16]
     y = module.multiply(*module.quantize(x), torch.float32)
-    assert relative_error(y, expected) <= HALF[torch.float32]
+    assert relative_error(y, expected) <= BOUNDS[torch.float32]
 
 
 @pytest.mark.gpu
@@ -237,7 +257,7 @@ def test_activations_are_quantized_as_the_reference_does(rule, hadamard):
     linears = layer(task, "cuda", 118, 124)
     module = sm90.prepare(KERNEL, task, linears)
     x = inputs(40, 1024)
-    assert relative_error(module(x), exact(task, linears, x)) <= HALF[torch.bfloat16]
+    assert relative_error(module(x), exact(task, linears, x)) <= BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.gpu
@@ -246,12 +266,12 @@ def test_rows_of_wide_span_are_exact_too():
     task = work(1024, (192,), "bf16", 32)
     linears = layer(task, "cuda", 118, 124)
     linears[0]["weight_scale"][5, ::2] = 90
-    linears[0]["weight_scale"][100, 3] = 127
+    linears[0]["weight_scale"][100, 3] = 140
     linears[0]["weight_scale"][100, 4] = 100
     module = sm90.prepare(KERNEL, task, linears)
     assert module.planes == 3
     x = inputs(20, 1024)
-    assert relative_error(module(x), exact(task, linears, x)) <= HALF[torch.bfloat16]
+    assert relative_error(module(x), exact(task, linears, x)) <= BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.gpu
@@ -301,7 +321,7 @@ def test_packed_numbers_survive_the_trip(tmp_path):
     x = inputs(24, 512)
     fmt = SiteFormat("mxfp4", "mxfp4")
     expected = reference.packed_linear(x.float(), linears[0], fmt, "even")
-    assert relative_error(module(x), expected.double()) <= HALF[torch.bfloat16]
+    assert relative_error(module(x), expected.double()) <= BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.gpu
