@@ -19,9 +19,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.errors import QuantkitError
+from quantkit.model.families import FAMILIES
 from quantkit.pack import scheme as schemes
-from quantkit.runtime.convert import replace_linears
+from quantkit.runtime.convert import EXPERTS, replace_linears
 from quantkit.runtime.experts import QuantExperts
 
 
@@ -46,6 +46,7 @@ class QuantkitQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: QuantkitConfig
     _packed_experts = False
+    _hidden_type: tuple[Any, str] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing beyond torch is needed: the reference runs everywhere."""
@@ -60,11 +61,26 @@ class QuantkitQuantizer(HfQuantizer):
         replace_linears(model, self.quantization_config.scheme, dtype)
         self._packed_experts = any(isinstance(m, QuantExperts) for m in model.modules())
         if self._packed_experts and not hasattr(HfQuantizer, "update_weight_conversions"):
-            raise QuantkitError(
-                "this transformers would merge a mixture's packed experts while it loads them",
-                "pip install --upgrade transformers",
-            )
+            # transformers 5.0 looks conversions up by the model type, merging those of experts;
+            # `get_weight_conversions`, which it calls next, gives the type back.
+            self._hidden_type = model.config, model.config.model_type
+            model.config.model_type = ""
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """None of our own; in transformers 5.0 those of the model, merging left out."""
+        if self._hidden_type is None:
+            return super().get_weight_conversions()
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        (config, model_type), self._hidden_type = self._hidden_type, None
+        config.model_type = model_type
+        found = _renamings(get_checkpoint_conversion_mapping(model_type) or [])
+        experts = FAMILIES[model_type].experts
+        if experts is not None and experts.module != EXPERTS:  # there the merging renames too
+            found.append(WeightRenaming(f".{experts.module}.", f".{EXPERTS}."))
+        return found
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -73,11 +89,7 @@ class QuantkitQuantizer(HfQuantizer):
 
         Earlier versions of transformers do not say which model.
         """
-        if not self._packed_experts:
-            return weight_conversions
-        from transformers.core_model_loading import WeightConverter
-
-        return [c for c in weight_conversions if not isinstance(c, WeightConverter)]
+        return _renamings(weight_conversions) if self._packed_experts else weight_conversions
 
     def is_serializable(self) -> bool:
         """Saving writes the tensors that were loaded."""
@@ -95,6 +107,12 @@ class QuantkitQuantizer(HfQuantizer):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantkitQuantizer:
         return QuantkitQuantizer(copy.deepcopy(self.quantization_config, memo))
+
+
+def _renamings(conversions: list[Any]) -> list[Any]:
+    from transformers.core_model_loading import WeightConverter
+
+    return [c for c in conversions if not isinstance(c, WeightConverter)]
 
 
 def register() -> None:
