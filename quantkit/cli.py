@@ -27,6 +27,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("separate-outliers", "separate_outliers"),
     ("rotate", "rotate"),
     ("pack", "pack"),
+    ("export", "export"),
     ("eval", "eval"),
     ("diagnose", "diagnose"),
     ("demo", "demo"),

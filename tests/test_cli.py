@@ -64,6 +64,7 @@ STEPS = {
     "calibrate": ("calibrate", "model", "--data", "sample", "--samples", "2", "--seq-len", "32"),
     "separate-outliers": ("separate-outliers", "model-calibrated"),
     "pack": ("pack", "model-calibrated", "--scheme", "mxfp4", "-o", "again"),
+    "export": ("export", "model-osc", "--fold-outliers", "--windows", "1", "--seq-len", "32"),
     "eval": ("eval", "model-osc", "--limit", "2", "--seq-len", "32"),
     "diagnose": (
         *("diagnose", "model-calibrated", "--quick", "--windows", "2", "--seq-len", "32"),
@@ -91,6 +92,9 @@ def test_every_example_of_the_help_works(
     for name in ("model-smoothed", "model-rotated"):  # outputs that some examples begin with
         if name in arguments:
             workspaces.copy(workspace.path / "model-calibrated", workspace.path / name)
+    for scheme in ("mxfp4", "nvfp4"):
+        if f"model-{scheme}" in arguments:
+            assert shell("pack", "model-calibrated", "--scheme", scheme).code == 0
     for output in {"calibrate": ["model-calibrated"], "pack": ["model-osc"]}.get(verb, []):
         shutil.rmtree(workspace.path / output)
     done = shell(verb, *arguments, *SHORTER.get(verb, ()))
@@ -100,6 +104,7 @@ def test_every_example_of_the_help_works(
 # Examples are written for real models; here the same lines look at less text.
 SHORTER = {
     "eval": ("--limit", "2", "--seq-len", "32"),
+    "export": ("--windows", "1", "--seq-len", "32"),
     "diagnose": ("--windows", "2", "--seq-len", "32", "--noise-windows", "1"),
     "demo": ("--samples", "2", "--windows", "2", "--seq-len", "32"),
     "calibrate": ("--samples", "2", "--seq-len", "32"),

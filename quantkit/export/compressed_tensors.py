@@ -1,15 +1,18 @@
 """compressed-tensors' description of a packed checkpoint: what vLLM and transformers read.
 
-It can say formats per linear; it has no word for a 16-bit branch or an online transform.
+It can say formats per linear, and online Hadamards of a power of two (`transforms.py`); it has no
+word for a 16-bit branch.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from quantkit.errors import InputRejected
+from quantkit.export import transforms
 from quantkit.model.sites import ModelLayout
 from quantkit.pack.scheme import RULES, Scheme, SiteFormat, from_sites
 
@@ -35,9 +38,17 @@ _RULE = "scale_rule"  # among observer_kwargs, which readers of the files do not
 def can_describe(scheme: Scheme) -> bool:
     """Whether every packed site is one that compressed-tensors has a format for."""
     used = [fmt for fmt in (*scheme.sites.values(), *scheme.overrides.values()) if fmt]
-    return bool(used) and all(
-        fmt.plain and fmt.weights in FORMATS and fmt.activations in (*FORMATS, "none")
-        for fmt in used
+    return bool(used) and all(fmt.plain and has_words_for(fmt) for fmt in used)
+
+
+def has_words_for(fmt: SiteFormat) -> bool:
+    """Whether a site without a branch can be written: formats, and the Hadamard if it has one."""
+    size = fmt.hadamard_size
+    return (
+        fmt.branch is None
+        and fmt.weights in FORMATS
+        and fmt.activations in (*FORMATS, "none")
+        and size & (size - 1) == 0
     )
 
 
@@ -80,7 +91,7 @@ def write_config(scheme: Scheme, layout: ModelLayout) -> dict[str, Any]:
         "ignore": [*scheme.ignore, *_patterns(ignored[len(scheme.ignore) :], every)],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "transform_config": {},
+        "transform_config": transforms.write_config(scheme, layout),
     }
 
 
@@ -137,6 +148,7 @@ def read_config(data: Mapping[str, Any], layout: ModelLayout) -> Scheme:
     if not isinstance(groups, dict) or not isinstance(ignore, list) or not groups:
         raise InputRejected("quantization_config: config_groups are not understood")
     formats = [(_targets(group), *_read_group(group)) for group in groups.values()]
+    hadamards = transforms.read_config(data.get("transform_config"), layout, is_target)
     found: dict[str, SiteFormat | None] = {}
     rules = set()
     for site in layout.sites:
@@ -145,6 +157,10 @@ def read_config(data: Mapping[str, Any], layout: ModelLayout) -> Scheme:
             raise InputRejected(f"quantization_config: {site.key} mixes formats")
         number = matches.pop()
         found[site.key] = None if number is None else formats[number][1]
+        if site.key in hadamards:
+            if number is None:
+                raise InputRejected(f"transform_config: {site.key} is rotated but not packed")
+            found[site.key] = replace(formats[number][1], hadamard=hadamards[site.key])
         if number is not None:
             rules.add(formats[number][2])
     return from_sites(METHOD, layout, found, rules.pop() if len(rules) == 1 else "even")
@@ -187,16 +203,20 @@ def _read_arguments(arguments: Any) -> str | None:
 def _match(
     module: str, formats: list[tuple[list[str], SiteFormat, str]], ignore: list[Any]
 ) -> int | None:
-    if any(_is_target(module, str(target)) for target in ignore):
+    if any(is_target(module, str(target)) for target in ignore):
         return None
     exact = (n for n, (targets, *_) in enumerate(formats) if module in targets)
     loose = (
-        n for n, (targets, *_) in enumerate(formats) if any(_is_target(module, t) for t in targets)
+        n for n, (targets, *_) in enumerate(formats) if any(is_target(module, t) for t in targets)
     )
     return next(exact, next(loose, None))
 
 
-def _is_target(module: str, target: str) -> bool:
+def is_target(module: str, target: str) -> bool:
+    """Whether a target (`Linear`, a module's name, `re:` and a pattern) means a linear.
+
+    InputRejected for a pattern that is none, or could take for ever.
+    """
     if target.startswith("re:"):
         pattern = target[3:]
         # A stranger's pattern may take exponential time to fail: repeated groups, many stars.

@@ -45,6 +45,12 @@ def replace_linears(model: Any, scheme: Scheme, dtype: torch.dtype) -> int:
     return replaced
 
 
+def name_in_memory(model_type: str, module: str) -> str:
+    """What transformers calls a module that the checkpoint calls `module`."""
+    experts = FAMILIES[model_type].experts
+    return module if experts is None else module.replace(f".{experts.module}.", f".{EXPERTS}.")
+
+
 def _quant_linear(linear: Linear, dtype: torch.dtype, site: PackedSite) -> QuantLinear:
     out, width = linear.shape
     bias = linear.bias is not None
