@@ -26,6 +26,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("smooth", "smooth"),
     ("separate-outliers", "separate_outliers"),
     ("rotate", "rotate"),
+    ("plan", "plan"),
     ("pack", "pack"),
     ("export", "export"),
     ("eval", "eval"),

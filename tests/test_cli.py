@@ -63,6 +63,10 @@ EXAMPLES = [
 STEPS = {
     "calibrate": ("calibrate", "model", "--data", "sample", "--samples", "2", "--seq-len", "32"),
     "separate-outliers": ("separate-outliers", "model-calibrated"),
+    "plan": (
+        *("plan", "model-calibrated", "--bits", "4.75", "--samples", "2", "--windows", "2"),
+        *("--seq-len", "32"),
+    ),
     "pack": ("pack", "model-calibrated", "--scheme", "mxfp4", "-o", "again"),
     "export": ("export", "model-osc", "--fold-outliers", "--windows", "1", "--seq-len", "32"),
     "eval": ("eval", "model-osc", "--limit", "2", "--seq-len", "32"),
@@ -95,6 +99,8 @@ def test_every_example_of_the_help_works(
     for scheme in ("mxfp4", "nvfp4"):
         if f"model-{scheme}" in arguments:
             assert shell("pack", "model-calibrated", "--scheme", scheme).code == 0
+    if "plan.json" in arguments and verb == "pack":
+        assert shell(*STEPS["plan"]).code == 0
     for output in {"calibrate": ["model-calibrated"], "pack": ["model-osc"]}.get(verb, []):
         shutil.rmtree(workspace.path / output)
     done = shell(verb, *arguments, *SHORTER.get(verb, ()))
@@ -108,6 +114,7 @@ SHORTER = {
     "diagnose": ("--windows", "2", "--seq-len", "32", "--noise-windows", "1"),
     "demo": ("--samples", "2", "--windows", "2", "--seq-len", "32"),
     "calibrate": ("--samples", "2", "--seq-len", "32"),
+    "plan": ("--samples", "2", "--windows", "2", "--seq-len", "32"),
     "smooth": ("--samples", "5", "--seq-len", "32"),
 }
 
@@ -167,7 +174,7 @@ def test_no_checkpoint_and_no_earlier_step_is_a_usage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for verb in ("eval", "inspect", "pack", "diagnose"):
+    for verb in ("eval", "inspect", "pack", "plan", "diagnose"):
         done = shell(verb)
         assert done.code == 2
         assert done.err.startswith("error: no checkpoint given")

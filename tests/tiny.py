@@ -83,7 +83,10 @@ def calibrate_tiny(folder: Path, family: str = "llama", **changes: Any) -> Path:
     from quantkit.checkpoint.step import Target
 
     dtype = changes.pop("dtype", torch.bfloat16)
+    change = changes.pop("change", None)
     source = save_tiny(folder / "model", family, dtype, **changes)
+    if change is not None:  # of the saved folder
+        change(source)
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, VOCAB, (8, 64), generator=generator)
     save_file({"ids": ids}, folder / "tokens.safetensors")

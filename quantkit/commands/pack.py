@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +26,7 @@ EXAMPLES = (
     ("quantkit pack model-calibrated --scheme nvfp4", "plain NVFP4, for other loaders too"),
     ("quantkit pack model-calibrated --mlp-out mxfp4", "down_proj in 4 bits too"),
     ("quantkit pack model-calibrated --scheme mxfp4 --site attn_in=bf16", "spare one kind of site"),
+    ("quantkit pack model-calibrated --plan plan.json", "formats site by site, as planned"),
     ("quantkit pack model-calibrated --dry-run", "what would be packed, and into how many bits"),
 )
 
@@ -32,12 +34,17 @@ EXAMPLES = (
 def run(
     checkpoint: Checkpoint = None,
     scheme: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="w4a4: the most accurate with 4 bits everywhere. osc: MXFP4 with a 16-bit branch "
-            "for outliers, down_proj in MXFP8 (the paper). Plain: mxfp4, nvfp4, mxfp8."
+            "for outliers, down_proj in MXFP8 (the paper). Plain: mxfp4, nvfp4, mxfp8.",
+            show_default="osc",
         ),
-    ] = "osc",
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A file of `quantkit plan`, in place of a scheme.", show_default=False),
+    ] = None,
     group: Annotated[
         int | None,
         typer.Option(help="One outlier channel in so many: 32, 64 or 128. Default: the plan's."),
@@ -124,7 +131,7 @@ def run(
 
     show(json, quiet)
     options = PackOptions(
-        scheme=scheme,
+        scheme=scheme or ("osc" if plan is None else "plan"),
         group=group,
         scale_rule=scale_rule,
         branch=branch,
@@ -142,6 +149,7 @@ def run(
         samples=samples,
         seed=seed,
         device=device,
+        plan=None if plan is None else str(plan),
     )
     target = target_of(output, overwrite, restart, max_shard_size)
     if dry_run:

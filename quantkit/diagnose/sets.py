@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from quantkit.model.sites import GENERATORS, KINDS, READERS, ModelLayout
 from quantkit.pack.job import Job
-from quantkit.pack.layout import tensors_of
-
-STORED_BITS = 16  # of a linear left as it is
+from quantkit.pack.layout import stored_bits
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,5 @@ def bits_of(layout: ModelLayout, job: Job, left_out: AbstractSet[str] = frozense
         for linear in site.linears:
             out, width = linear.shape
             weights += out * width
-            if fmt is None:
-                bits += STORED_BITS * out * width
-                continue
-            for dtype, shape in tensors_of(fmt, out, width).values():
-                count = 1
-                for size in shape:
-                    count *= size
-                bits += 8 * dtype.itemsize * count
+            bits += stored_bits(fmt, out, width)
     return bits / weights

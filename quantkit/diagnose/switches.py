@@ -59,6 +59,10 @@ class SiteSwitch:
         """Add a linear that reads this site."""
         self._linears[linear.name] = linear
 
+    def weights(self) -> dict[str, Tensor]:
+        """The plain weights [out, in] of the site's linears by module name."""
+        return {name: linear.weight for name, linear in self._linears.items()}
+
     def set(self, mode: Hashable) -> None:
         """Compute in `mode` from now on; the noise of a mode starts anew."""
         self.mode, self._last, self.draws = mode, None, 0
@@ -66,8 +70,7 @@ class SiteSwitch:
     def rounded(self) -> Rounded | None:
         """The site in its present (rounded) mode; made when first needed, then kept."""
         if self.mode not in self._rounded:
-            weights = {name: linear.weight for name, linear in self._linears.items()}
-            self._rounded[self.mode] = self._round(self.site, self.mode, weights)
+            self._rounded[self.mode] = self._round(self.site, self.mode, self.weights())
         return self._rounded[self.mode]
 
     def forward(self, linear: SwitchLinear, x: Tensor) -> Tensor:

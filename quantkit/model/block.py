@@ -153,9 +153,11 @@ class BlockRunner:
                 stack.enter_context(_watched_experts(experts, down, watch, every_expert))
             return self.forward(block, hidden)
 
-    @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Turn the last block's output into logits [batch, sequence, vocabulary]."""
+        """Turn the last block's output into logits [batch, sequence, vocabulary].
+
+        Gradients flow back to `hidden` when it asks for them.
+        """
         layout = self.layout
         parts = self._head or self._head_weights()
         if self.keep_head:
@@ -167,8 +169,10 @@ class BlockRunner:
         kept = self._model.lm_head
         self._inner.norm, self._model.lm_head = norm, projection
         self._recorders[0].replacement = hidden
+        differentiable = torch.is_grad_enabled() and hidden.requires_grad
         try:
-            return self._model(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
+            with torch.set_grad_enabled(differentiable):
+                return self._model(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
         finally:
             self._inner.norm, self._model.lm_head = nn.Identity(), kept
             self._recorders[0].replacement = None

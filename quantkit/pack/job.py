@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from quantkit.outliers.plan import Plan, load_plan
 from quantkit.pack import scheme as schemes
 from quantkit.pack.inputs import Inputs
 from quantkit.pack.layout import check_width, padded
-from quantkit.pack.recipes import resolved
+from quantkit.pack.recipes import PLANNED, resolved
 from quantkit.pack.rounding import METHODS
 from quantkit.pack.rtn import power_of_two_below
 from quantkit.pack.scheme import Scheme, SiteFormat, from_sites
+from quantkit.pack.site_plan import load_site_plan
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class PackOptions:
     samples: int | None = None
     seed: int = 0
     device: str = "auto"
+    plan: str | None = None  # file of a site plan, in place of a scheme
 
     def record(self) -> dict[str, Any]:
         """The options that are set, for the manifest."""
@@ -114,6 +117,8 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
     layout = describe(source.config, source.tensors)
     options = resolved(options)
     _check_rounding(options)
+    if options.plan is not None:
+        return _planned(source, layout, options, Path(options.plan))
     scheme = schemes.build(
         options.scheme,
         group=options.group or 32,
@@ -160,6 +165,37 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
         divisors,
         None if plan is None else sha256(plan.encode()).hexdigest(),
         statistics,
+        inputs.energies if inputs else {},
+    )
+
+
+def _planned(source: Checkpoint, layout: ModelLayout, options: PackOptions, path: Path) -> Job:
+    """The job of a site plan: formats and channels stand in it."""
+    decided = {"group", "branch", "branch_bits", "mlp_out", "sites", "criterion", "hadamard"}
+    clash = sorted((decided | {"balance"}) & set(options.record()))
+    if options.scheme != PLANNED:
+        clash.append("scheme")
+    if clash:
+        raise UsageError(f"--plan decides on {', '.join(clash)}", "leave it out, or the plan")
+    plan = load_site_plan(path, source, layout)
+    formats = dict(plan.formats)
+    for site in layout.sites:
+        if (fmt := formats[site.key]) is not None:
+            check_width(fmt, site.width, site.key)
+            if options.dtype is not None:
+                formats[site.key] = schemes.unrounded(fmt)
+    channels = {key: torch.tensor(found) for key, found in plan.channels.items()}
+    inputs = Inputs.load(source, layout, options) if _needs_inputs(options) else None
+    divisors, statistics = _input_divisors(source, layout, formats, channels, {})
+    return Job(
+        source,
+        source,
+        layout,
+        from_sites(PLANNED, layout, formats, plan.scale_rule),
+        channels,
+        divisors,
+        plan.digest,
+        statistics or plan.statistics_digest,
         inputs.energies if inputs else {},
     )
 

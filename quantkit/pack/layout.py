@@ -7,6 +7,7 @@ and `outlier_index` int32 [k]: absolute channels, ascending, padded with -1 (and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -50,6 +51,14 @@ def tensors_of(
     if fmt.branch is not None:
         found["outlier_index"] = torch.int32, (fmt.outliers,)
     return found
+
+
+def stored_bits(fmt: SiteFormat | None, out: int, width: int) -> int:
+    """Bits on disk of a linear [out, width]: scales, branch and index too; 16 a weight unpacked."""
+    if fmt is None:
+        return 16 * out * width
+    parts = tensors_of(fmt, out, width).values()
+    return sum(8 * dtype.itemsize * prod(shape) for dtype, shape in parts)
 
 
 def check_width(fmt: SiteFormat, width: int, where: str) -> None:

@@ -30,8 +30,13 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
+PLANNED = "plan"  # the scheme's name when a site plan decides
+
+
 def resolved(options: PackOptions) -> PackOptions:
     """The options with the recipe's choices, or the plain defaults, where the user made none."""
+    if options.plan is not None:
+        return replace(options, rounding=options.rounding or "rtn")
     recipe = RECIPES.get(options.scheme)
     if recipe is None:
         return replace(

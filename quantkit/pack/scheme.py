@@ -159,13 +159,15 @@ def _site_format(text: str, group: int) -> SiteFormat:
     return SiteFormat(name, name, branch or None, group)
 
 
+def unrounded(fmt: SiteFormat) -> SiteFormat:
+    """The same separation and online transform with no rounding."""
+    branch = "bf16" if fmt.branch else None  # holds the weights' own numbers where they are kept
+    return replace(fmt, weights="none", activations="none", branch=branch)
+
+
 def pass_through(scheme: Scheme) -> Scheme:
-    """The same separation and online transforms with no rounding: what a transform is tested by."""
-    sites = {
-        kind: fmt and replace(fmt, weights="none", activations="none")
-        for kind, fmt in scheme.sites.items()
-    }
-    return replace(scheme, sites=sites)
+    """The scheme with nothing rounded: what a transform is tested by."""
+    return replace(scheme, sites={k: fmt and unrounded(fmt) for k, fmt in scheme.sites.items()})
 
 
 def from_json(data: Mapping[str, Any]) -> Scheme:
@@ -189,14 +191,15 @@ def from_json(data: Mapping[str, Any]) -> Scheme:
         raise InputRejected("quantization_config: not understood")
     return Scheme(
         str(data.get("scheme")),
-        {kind: sites[kind] and _read_site(sites[kind], kind) for kind in KINDS},
+        {kind: sites[kind] and read_site(sites[kind], kind) for kind in KINDS},
         rule,
-        {key: site and _read_site(site, key) for key, site in overrides.items()},
+        {key: site and read_site(site, key) for key, site in overrides.items()},
         tuple(map(str, ignore)),
     )
 
 
-def _read_site(data: object, where: str) -> SiteFormat:
+def read_site(data: object, where: str) -> SiteFormat:
+    """Read a SITE object of `quantization_config`; InputRejected names `where` it stands."""
     if not isinstance(data, dict) or not set(data) <= {f.name for f in fields(SiteFormat)}:
         raise InputRejected(f"quantization_config: site {where} is not understood")
     site = SiteFormat(**{"weights": "", "activations": "", **data})
