@@ -51,11 +51,23 @@ class HiddenStates:
     def put(self, boundary: int, batch: int, states: torch.Tensor) -> None:
         """Keep a batch of the states in front of block `boundary`."""
         self._boundary = boundary
-        states = states.cpu()
         if self.spilled:
-            self._write(boundary, batch, states)
+            self._write(boundary, batch, states.cpu())
+        elif states.is_cuda:
+            self._copy_out(batch, states)
         else:
             self._held[batch] = states
+
+    def _copy_out(self, batch: int, states: torch.Tensor) -> None:
+        """Copy from a GPU without waiting for it, to pinned memory used again every block.
+
+        The stream orders it behind what made the states, and before what next reads them there.
+        """
+        held = self._held.get(batch)
+        if held is None or held.shape != states.shape:
+            held = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+            self._held[batch] = held
+        held.copy_(states, non_blocking=True)
 
     def get(self, boundary: int, batch: int) -> torch.Tensor:
         """Give a batch of the states in front of block `boundary`."""
@@ -68,6 +80,8 @@ class HiddenStates:
     def keep(self) -> None:
         """Put this process's states on the disk; `mark` must follow when every process has."""
         start = time.monotonic()
+        if any(states.is_pinned() for states in self._held.values()):
+            torch.cuda.synchronize()  # copies may still be on their way
         for batch, states in self._held.items():
             self._write(self._boundary, batch, states)
         os.fsync(self._file(self._boundary))

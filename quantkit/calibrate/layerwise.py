@@ -189,9 +189,9 @@ class Run:
             return  # only the output was left to be put together
         runner.prefetch(start)
         if boundary is None:
-            for b in self.mine:
-                first, last = self.batches[b]
-                states.put(0, b, runner.embed(self.tokens.ids[first:last]))
+            mine = [self.tokens.ids[slice(*self.batches[b])] for b in self.mine]
+            for b, embedded in zip(self.mine, runner.embed_all(mine), strict=True):
+                states.put(0, b, embedded)
         else:
             states.load(start)
             console.note(f"continuing behind block {start - 1}")
@@ -210,7 +210,7 @@ class Run:
         found: dict[str, SiteAccumulator] = {}
         scratch = Scratch()
         for b in self.mine:
-            hidden = states.get(i, b).to(self.device)
+            hidden = states.get(i, b).to(self.device, non_blocking=True)
             states.put(i + 1, b, self.one_batch(runner, block, i, hidden, found, scratch))
         del block
         state = self.measured(i, found)

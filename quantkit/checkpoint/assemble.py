@@ -64,7 +64,10 @@ def carry_files(source: Path, target: Path, *, skip: set[str], statistics: bool)
             if not real.is_file():
                 continue
             (target / here).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(real, target / name)
+            if name in DERIVED:
+                place(real, target / name)  # as large as a shard, and as little changed in place
+            else:
+                shutil.copyfile(real, target / name)
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         console.note(f"left behind: code is not taken along ({left[0]}{more})")

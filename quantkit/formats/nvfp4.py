@@ -44,7 +44,8 @@ def block_scale(amax: Tensor, divisor: Tensor, largest: float = E2M1.maximum) ->
 
     Blocks of zeros get zero.
     """
-    scale = round_to_element(divisor * (amax / largest), E4M3)
+    # NOTE: by a tensor, because a GPU multiplies by the rounded reciprocal of a plain number.
+    scale = round_to_element(divisor * (amax / torch.full_like(amax, largest)), E4M3)
     scale = scale.where((amax == 0) | (scale != 0), SMALLEST_SCALE)
     return scale.where(amax.isfinite(), torch.nan)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -64,16 +64,37 @@ class BlockRunner:
         Only the embedding rows in use are read. Raises InputRejected for ids outside the
         vocabulary.
         """
+        self._check_ids(tokens)
+        used, position = torch.unique(tokens.cpu(), return_inverse=True)
+        return self._embedded(self._embedding_rows(used).to(self.device, self.dtype), position)
+
+    @torch.no_grad()
+    def embed_all(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """`embed` of each batch [batch, sequence].
+
+        On a GPU the embedding is read once, and its rows in use stay there until the last batch.
+        """
+        if self.device.type == "cpu" or len(batches) < 2:
+            yield from map(self.embed, batches)
+            return
+        self._check_ids(torch.stack([edge(b) for b in batches for edge in (torch.min, torch.max)]))
+        used = torch.unique(torch.cat([batch.flatten() for batch in batches]).cpu())
+        rows = self._embedding_rows(used).to(self.device, self.dtype)
+        for batch in batches:
+            yield self._embedded(rows, torch.searchsorted(used, batch.cpu()))
+
+    def _check_ids(self, tokens: torch.Tensor) -> None:
         if tokens.numel() and not (0 <= int(tokens.min()) <= int(tokens.max()) < self.layout.vocab):
             raise InputRejected(
                 f"token ids reach {int(tokens.max())}; the vocabulary has {self.layout.vocab}",
                 "tokenize with the tokenizer of this checkpoint",
             )
-        used, position = torch.unique(tokens.cpu(), return_inverse=True)
-        rows = self._embedding_rows(used)
+
+    def _embedded(self, rows: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The first block's input for tokens that are `position` [batch, sequence] in `rows`."""
         table = self._inner.embed_tokens
         table.padding_idx = None  # would point outside the rows in use
-        table.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        table.weight = nn.Parameter(rows, requires_grad=False)
         try:
             self._inner(input_ids=position.to(self.device), use_cache=False)
             first = self._recorders[0].take()

@@ -16,6 +16,8 @@ from quantkit.pack.rtn import row_pieces
 from quantkit.pack.scheme import SiteFormat
 from quantkit.pack.separate import rotated, separate
 
+CPU = torch.device("cpu")
+
 
 def fused_groups(site: Site) -> Iterator[list[Linear]]:
     """The linears of a site that loaders fuse (q, k, v; gate, up of one expert)."""
@@ -36,19 +38,26 @@ def is_done(writer: CheckpointWriter, fmt: SiteFormat, group: Sequence[Linear]) 
 
 
 def weights_of_group(
-    job: Job, site: Site, fmt: SiteFormat, group: Sequence[Linear]
+    job: Job,
+    site: Site,
+    fmt: SiteFormat,
+    group: Sequence[Linear],
+    device: torch.device = CPU,
+    stored: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Each linear's weight, separated and rotated, and its branch columns (None without one).
 
-    Raises InputRejected for NaN or infinity.
+    `stored`: the weights as they were read, when they were. Raises InputRejected for NaN or
+    infinity.
     """
     found = []
-    for linear in group:
-        weight = finite(read_weight(job.weights, linear), linear)
+    for i, linear in enumerate(group):
+        read = read_weight(job.weights, linear) if stored is None else stored[i]
+        weight = finite(read.to(device), linear)
         weight = weight.float() if fmt.weights == "none" else weight
         columns: Tensor | None = None
         if fmt.branch is not None:
-            weight, columns = separate(weight, job.channels[site.key])
+            weight, columns = separate(weight, job.channels[site.key].to(device))
         found.append((rotated(weight, fmt), columns))
     return found
 
