@@ -99,8 +99,7 @@ CUTLASS_DEVICE uint4 quantize(float const (&f)[kUnit], int exponent, float facto
       v[h] = __int_as_float(__float_as_int(rounded) | (__float_as_int(f[i + h]) & 0x80000000)) *
              factor;
     }
-    uint16_t pair;
-    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(v[1]), "f"(v[0]));
+    uint16_t const pair = to_e5m2x2(v[0], v[1]);
     bytes[i / 4] = i % 4 ? bytes[i / 4] | uint32_t(pair) << 16 : pair;
   }
   return make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
@@ -210,9 +209,7 @@ __global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
     auto remote = [&](int const* mine) {
       uint32_t const address =
           cute::set_block_rank(cute::cast_smem_ptr_to_uint(mine), min(lane, ctas - 1));
-      int v;
-      asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
-      return __reduce_max_sync(~0u, v);
+      return __reduce_max_sync(~0u, load_cluster_32(address));
     };
     top = remote(&cta_maximum[0]), branch = remote(&cta_maximum[1]);
     cute::cluster_arrive_relaxed();  // waited for before this CTA's shared memory goes away
@@ -247,10 +244,7 @@ __global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
     uint8_t* const at = side + (size_t(byte / 64) * args.tile + r) * 64 +
                         ((byte % 64 / 16 ^ r / 2 % 4) << 4) + byte % 16;
     if (args.branch_fp8) {
-      uint16_t pair;
-      float const v = outlier(j) * power_of_two(254 - branch_exponent);
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.f), "f"(v));
-      *at = uint8_t(pair);
+      *at = to_e4m3(outlier(j) * power_of_two(254 - branch_exponent));
     } else {
       *reinterpret_cast<__nv_bfloat16*>(at) = __float2bfloat16(outlier(j) * inverse);
     }

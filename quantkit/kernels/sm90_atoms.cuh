@@ -57,6 +57,51 @@ CUTLASS_DEVICE void store_shared_128(uint32_t address, float a, float b, float c
                : "memory");
 }
 
+// 32 bits of another CTA of the cluster; the address is cute::set_block_rank's.
+CUTLASS_DEVICE int load_cluster_32(uint32_t address) {
+  int v;
+  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+// Two 8x8 matrices of 16 bits, transposed on their way to shared memory.
+CUTLASS_DEVICE void store_matrices(uint32_t address, uint32_t first, uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.x2.trans.m8n8.shared.b16 [%0], {%1, %2};" ::"r"(address),
+               "r"(first), "r"(second)
+               : "memory");
+}
+
+CUTLASS_DEVICE uint8_t* dynamic_shared() {
+  extern __shared__ uint8_t raw[];
+  return raw;
+}
+
+// ---- flags in global memory; what they guard is ordered by fences
+
+CUTLASS_DEVICE void store_flag(uint32_t* flag, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+CUTLASS_DEVICE uint32_t load_flag(uint32_t const* flag) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  return v;
+}
+
+// ---- FP8 codes
+
+CUTLASS_DEVICE uint16_t to_e5m2x2(float low, float high) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+CUTLASS_DEVICE uint8_t to_e4m3(float v) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.f), "f"(v));
+  return uint8_t(pair);
+}
+
 // ---- copies
 
 CUTLASS_DEVICE uint64_t evict_first_policy() {

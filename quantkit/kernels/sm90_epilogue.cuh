@@ -114,9 +114,7 @@ struct TileEpilogue {
       for (int jj = 0; jj < kStaged / 8; ++jj) {
         int const j = pass * (kStaged / 8) + jj;
         uint32_t const at = staging + (jj * 8 + lane % 8) * kPitch + warp * 32 + lane / 8 % 2 * 16;
-        asm volatile("stmatrix.sync.aligned.x2.trans.m8n8.shared.b16 [%0], {%1, %2};" ::"r"(at),
-                     "r"(pack(value(j, 0), value(j, 1))), "r"(pack(value(j, 2), value(j, 3)))
-                     : "memory");
+        store_matrices(at, pack(value(j, 0), value(j, 1)), pack(value(j, 2), value(j, 3)));
       }
       barrier_sync(barrier, 128);
 #pragma unroll

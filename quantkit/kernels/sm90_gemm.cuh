@@ -318,7 +318,7 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) gemm(__grid_constant__ Arguments const args) {
-  extern __shared__ uint8_t raw[];
+  uint8_t* const raw = dynamic_shared();
   uint8_t* const aligned = raw + (-cute::cast_smem_ptr_to_uint(raw) & 1023);
   FullBarrier* const full = reinterpret_cast<FullBarrier*>(aligned + T::kBarriersAt);
   Shared<T> const shared{cute::cast_smem_ptr_to_uint(aligned), full,

@@ -167,8 +167,7 @@ CUTLASS_DEVICE void publish_partial(Arguments const& args) {
   barrier_sync(kPartial, T::kRowGroups * 128 + 32);
   if (threadIdx.x % 32 == 0) {
     __threadfence();
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(args.flags + blockIdx.x), "r"(1)
-                 : "memory");
+    store_flag(args.flags + blockIdx.x, 1);
   }
 }
 
@@ -180,12 +179,7 @@ CUTLASS_DEVICE void collect_partials(Arguments const& args) {
   for (int q = blockIdx.x + 1 + threadIdx.x % 32;
        q < scheduler.ctas && scheduler.start_of(q) < tile_start + scheduler.steps; q += 32) {
     uint32_t* const flag = args.flags + q;
-    uint32_t seen = 0;
-    while (true) {
-      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-      if (seen) break;
-      __nanosleep(40);
-    }
+    while (!load_flag(flag)) __nanosleep(40);
     *flag = 0;  // ready for the next launch
   }
   __threadfence();
