@@ -27,10 +27,10 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
-#define EMULATED_REQUIRE(condition)                                                          \
-  do {                                                                                       \
-    if (!(condition)) std::fprintf(stderr, "emulator: %s\n", #condition), std::_Exit(70);    \
-  } while (0)
+#define EMULATED_REQUIRE(condition) emulated::require(condition, #condition)
+namespace emulated {
+inline void require(bool condition, char const* text);
+}
 
 // ---- CUDA's types
 
@@ -154,6 +154,12 @@ inline bool moved = false;
 inline std::function<void()> body;
 inline std::vector<BulkCopy> copies;
 
+inline char const* failed = nullptr;  // ends the launch
+inline void require(bool condition, char const* text) {
+  if (condition) return;
+  failed = text;
+  if (self) _longjmp(scheduler, 1);
+}
 inline void yield() {
   if (!_setjmp(self->context)) _longjmp(scheduler, 1);
 }
@@ -260,7 +266,10 @@ template <class V> V load_shared(uint32_t address) {
 inline uint4 load_shared_128(uint32_t address) { return load_shared<uint4>(address); }
 inline uint2 load_shared_64(uint32_t address) { return load_shared<uint2>(address); }
 inline uint32_t load_shared_32(uint32_t address) { return load_shared<uint32_t>(address); }
-inline int load_cluster_32(uint32_t) { EMULATED_REQUIRE(!"clusters of the activation kernel"); return 0; }
+inline int load_cluster_32(uint32_t) {
+  emulated::require(false, "no clusters of the activation kernel");
+  return 0;
+}
 inline void store_shared_128(uint32_t address, float a, float b, float c, float d) {
   float4 const v{a, b, c, d};
   std::memcpy(shared_at(address, sizeof v), &v, sizeof v);
@@ -457,7 +466,12 @@ template <int N> void fence(float (&)[N]) {}
 // ---- launches
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchTimeout = 702 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorLaunchTimeout = 702,
+  cudaErrorAssert = 710
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension,
@@ -533,15 +547,16 @@ inline cudaError_t run_ctas(cudaLaunchConfig_t const& config, unsigned first, un
     }
   }
   size_t live = fibers.size();
-  while (live > 0) {
+  while (live > 0 && !failed) {
     moved = false;
     size_t const turn = random() % fibers.size();
     for (size_t i = 0; i < fibers.size(); ++i) {
       Fiber& fiber = *fibers[(i + turn) % fibers.size()];
-      if (fiber.done) continue;
+      if (fiber.done || failed) continue;
       resume(fiber);
       live -= fiber.done;
     }
+    self = nullptr;
     for (size_t i = 0; i < copies.size();) {
       if (random() % 4) {
         ++i;
@@ -562,7 +577,10 @@ inline cudaError_t run_ctas(cudaLaunchConfig_t const& config, unsigned first, un
     }
   }
   EMULATED_REQUIRE(copies.empty());
-  return cudaSuccess;
+  if (!failed) return cudaSuccess;
+  std::fprintf(stderr, "emulator: not so: %s\n", failed);
+  failed = nullptr, copies.clear();
+  return cudaErrorAssert;
 }
 
 }  // namespace emulated
@@ -573,10 +591,10 @@ cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* config, Kernel kernel, 
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
       cluster = config->attrs[i].val.clusterDim.x;
-      EMULATED_REQUIRE(config->attrs[i].val.clusterDim.y == 1);
+      if (config->attrs[i].val.clusterDim.y != 1) return cudaErrorInvalidValue;
     }
   }
-  EMULATED_REQUIRE(config->gridDim.x % cluster == 0);
+  if (config->gridDim.x % cluster) return cudaErrorInvalidValue;
   gridDim = config->gridDim, blockDim = config->blockDim;
   emulated::body = [kernel, &args] { kernel(args); };
   // Static shared memory is one for all here: such CTAs follow one another.
