@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
+import torch
 from torch import Tensor
 
 from quantkit.diagnose.switches import Rounded, Rounder
 from quantkit.kernels import reference
 from quantkit.model.sites import Site
+from quantkit.pack.grid import rule_grid
 from quantkit.pack.group import fused_groups
 from quantkit.pack.job import Job
-from quantkit.pack.rounding import round_weight
-from quantkit.pack.rtn import global_divisor
+from quantkit.pack.rtn import global_divisor, row_pieces
+from quantkit.pack.scheme import SiteFormat
 from quantkit.pack.separate import branch_tensors, rotated, separate
 
 
@@ -47,9 +49,18 @@ def pack_site(job: Job, site: Site, weights: Mapping[str, Tensor]) -> Rounded | 
             branches.append(branch)
         divisor = global_divisor(rests) if fmt.weights == "nvfp4" else None
         for linear, rest, branch in zip(group, rests, branches, strict=True):
-            rule = job.scheme.scale_rule
-            packed = round_weight(rest, fmt, rule=rule, divisor=divisor) | branch
             dtype = reference.compute_dtype(weights[linear.module].dtype)
-            operands[linear.module] = reference.weight_operand(packed, fmt, dtype)
+            rounded = _rounded(rest, fmt, job.scheme.scale_rule, divisor, dtype)
+            operands[linear.module] = reference.with_branch(rounded, branch, fmt)
     separated = job.channels[site.key] if fmt.branch is not None else None
     return Rounded(fmt, job.scheme.scale_rule, separated, operands, job.divisors.get(site.key))
+
+
+def _rounded(
+    rest: Tensor, fmt: SiteFormat, rule: str, divisor: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What the bytes of a rounded weight stand for, without making the bytes."""
+    if fmt.weights == "none":
+        return rest.to(dtype)
+    parts = [rule_grid(part, fmt.weights, rule, divisor).round(part) for part in row_pieces(rest)]
+    return torch.cat(parts).to(dtype)

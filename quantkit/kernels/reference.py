@@ -69,8 +69,12 @@ def dequantized_weight(
 
 def weight_operand(tensors: Mapping[str, Tensor], fmt: SiteFormat, dtype: torch.dtype) -> Tensor:
     """Weights for one GEMM: [out, in] with the branch's columns in place, or [out, in + k]."""
-    weight = dequantized_weight(tensors, fmt, dtype)
-    channels = channels_of(tensors)
+    return with_branch(dequantized_weight(tensors, fmt, dtype), tensors, fmt)
+
+
+def with_branch(weight: Tensor, tensors: Mapping[str, Tensor], fmt: SiteFormat) -> Tensor:
+    """The main path's weight [out, in], as float, completed by the branch among `tensors`."""
+    channels, dtype = channels_of(tensors), weight.dtype
     if fmt.branch is None or channels is None:
         return weight
     branch = branch_weight(tensors, fmt, dtype)[:, : len(channels)]
