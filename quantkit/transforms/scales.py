@@ -18,10 +18,11 @@ LIMIT = 6.0  # |log s|, after centring
 ALPHAS = tuple(0.25 + 0.025 * i for i in range(21))
 # 15 quantiles whose distance from 1 is log-spaced, and 1 itself.
 QUANTILES = (*(1 - 0.05 * (0.002 ** (i / 14)) for i in range(15)), 1.0)
-SEARCHING = 2048  # held tokens that rank the grid; all of them judge its best
-ROWS = 1024  # outputs that take part in an estimate
+SEARCHING = 1024  # held tokens that rank the grid
+ROWS = 512  # outputs that take part in an estimate
 SEPARATING = 2048  # tokens that decide which channels a plan would take
 BEST = 5  # alphas and quantiles that meet in the joint search
+FINALISTS = 3  # of the joint search, judged on all held tokens and outputs
 
 
 def smoothing_scale(magnitude: Tensor, weight_max: Tensor, alpha: float) -> Tensor:
@@ -153,8 +154,9 @@ def search(
 ) -> dict[str, Candidate]:
     """The best scales by rule: `alpha` (q = 1), `quantile` (alpha = 0.5), `joint`, and `none`.
 
-    `joint` pairs the BEST alphas with the BEST quantiles, and also holds every candidate tried
-    before it, so that it is never worse than the others on the held tokens that choose it.
+    `joint` pairs the BEST alphas with the BEST quantiles, ranks them by an estimate and takes the
+    best finalist on all held tokens. It also holds the winners of `alpha` and `quantile`, so that
+    it is never worse than they are on the tokens that choose it.
     2606.09927, steps N1 to N3.
     """
     table = dict(zip(quantiles, quantiles_of(problem.x, quantiles), strict=True))
@@ -170,8 +172,13 @@ def search(
     best_alphas = {c.alpha for c in by_alpha[:BEST]}
     best_quantiles = {c.quantile for c in by_quantile[:BEST]} | {1.0}
     joint = [attempt(a, q) for a in best_alphas for q in best_quantiles if a and q]
-    best = {"none": Candidate(None, 0.0), "alpha": by_alpha[0], "quantile": by_quantile[0]}
-    best["joint"] = min([*joint, by_alpha[0], by_quantile[0]], key=lambda c: c.error)
-    judged = {k: replace(c, error=problem.error(c.scale)) for k, c in best.items()}
-    judged["joint"] = min(list(judged.values())[1:], key=lambda c: c.error)
-    return judged
+
+    def judged(candidate: Candidate) -> Candidate:
+        return replace(candidate, error=problem.error(candidate.scale))
+
+    finalists = sorted(joint, key=lambda c: c.error)[:FINALISTS]
+    found = {"none": judged(Candidate(None, 0.0))}
+    found |= {"alpha": judged(by_alpha[0]), "quantile": judged(by_quantile[0])}
+    rivals = [found["alpha"], found["quantile"], *map(judged, finalists)]
+    found["joint"] = min(rivals, key=lambda c: c.error)
+    return found

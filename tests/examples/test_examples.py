@@ -85,3 +85,16 @@ def test_offline_tasks(workspace: Workspace) -> None:
     out = example("offline_tasks.py", "questions")
     assert out.startswith("281 questions")
     assert len(Path("questions/mmlu/test.jsonl").read_text().splitlines()) == 281
+
+
+def test_transforms_table(workspace: Workspace) -> None:
+    options = ["--data", "wikitext", "--held", "wikitext", "--samples", "8", "--seq-len", "32"]
+    options += ["--windows", "2", "--steps", "4", "--batch", "64", "-o", "table", "--only"]
+    rows = "nothing|mxfp4,smooth max|osc,smooth learned + block 32|osc of 64,global R1 + R4|osc"
+    out = example("transforms_table.py", "model-calibrated", *options, rows)
+    found = json.loads(Path("table/transforms.json").read_text())
+    assert set(found) == {"original", *rows.split(",")}
+    assert len({found[cell]["perplexity"] for cell in found}) == 5
+    assert out == Path("table/transforms.md").read_text() + "\n"
+    # Nothing is left to do: nothing is packed.
+    assert example("transforms_table.py", "model-calibrated", *options, rows) == out
