@@ -10,8 +10,9 @@ seeds) give the mean over calibrations and their spread:
 
     python examples/compare_schemes.py seed0 seed1 seed2 --data wikitext --jobs 8 -o schemes
 
-writes `schemes.json`, `schemes.md` and `schemes.png` (needs matplotlib). Rows that are in the JSON
-already are not made again, so an interrupted run continues. `--peers FILE` adds results of other
+writes `schemes.json`, `schemes.md` and `schemes.png` (needs matplotlib), and keeps the unquantized
+model's losses in `schemes.safetensors`. Rows that are in the JSON already are not made again, so an
+interrupted run continues. `--peers FILE` adds results of other
 tools, which examples/peer_losses.py measures where they are installed.
 """
 
@@ -100,9 +101,11 @@ def needs_calibration(options: PackOptions) -> bool:
     return options.scheme != "mxfp4" or options.rounding not in (None, "rtn")
 
 
-def measure(checkpoint: str, seed: int, options: PackOptions, text: Text, work: str) -> Row:
+def measure(
+    checkpoint: str, seed: int, options: PackOptions, text: Text, exact: Path, work: str
+) -> Row:
     """Pack one checkpoint in one way, run it, and throw it away; in a process of its own."""
-    import torch
+    from safetensors.torch import load_file
     from transformers.utils import logging
 
     import quantkit
@@ -123,12 +126,13 @@ def measure(checkpoint: str, seed: int, options: PackOptions, text: Text, work: 
         dispatch.forget()
         model = quantkit.load(str(packed), device=options.device)
         nll = negative_log_likelihood(model, tokens_of(text, checkpoint).ids, batch=batch)
-        excess = compare(torch.load(Path(work) / "exact.pt"), nll)
+        excess = compare(load_file(exact)["nll"], nll)
         return {
             "bits": inspect(open_checkpoint(packed))["bits_per_weight"],
             "excess": excess.mean,
             "stderr": excess.stderr,
             "perplexity": summarise(nll).perplexity,
+            "rounded_on": options.samples or "all windows of the calibration",
             "pack_seconds": round(seconds, 1),
             "kernels": sorted(dispatch.summary()),
         }
@@ -143,19 +147,28 @@ def tokens_of(text: Text, checkpoint: str) -> Any:
     )
 
 
-def exact_losses(checkpoint: str, text: Text, device: str, work: str) -> Row:
-    """The unquantized model's losses, kept for the workers; its row of the table."""
-    import torch
+def exact_losses(checkpoint: str, text: Text, device: str, file: Path, known: Row | None) -> Row:
+    """The unquantized model's row of the table; its losses are left in `file` for the workers."""
+    from safetensors.torch import save_file
 
     import quantkit
     from quantkit.evaluate.perplexity import negative_log_likelihood, summarise
 
-    model, tokens = quantkit.load(checkpoint, device=device), tokens_of(text, checkpoint)
+    tokens = tokens_of(text, checkpoint)
+    if known is not None:
+        if known["digest"] != tokens.digest:
+            raise SystemExit("the table holds results on other tokens: give another -o")
+        if file.exists():
+            return known
+    model = quantkit.load(checkpoint, device=device)
     nll = negative_log_likelihood(model, tokens.ids, batch=8 if device != "cpu" else 1)
-    torch.save(nll, Path(work) / "exact.pt")
-    bits = 8.0 * next(model.parameters()).element_size()
-    row = {"bits": bits, "excess": 0.0, "stderr": 0.0, "perplexity": summarise(nll).perplexity}
-    return row | {"text": tokens.description, "digest": tokens.digest}
+    save_file({"nll": nll}, file)
+    return {
+        "bits": 8.0 * next(model.parameters()).element_size(),
+        "perplexity": summarise(nll).perplexity,
+        "text": tokens.description,
+        "digest": tokens.digest,
+    }
 
 
 def fill(
@@ -164,12 +177,13 @@ def fill(
     checkpoints: Sequence[str],
     text: Text,
     device: str,
+    samples: int | None,
     jobs: int,
     word: str,
 ) -> None:
     """Make the rows that `table` lacks, several at a time, writing `file` after each."""
     todo = [
-        (name, seed, replace(options, device=device))
+        (name, seed, replace(options, device=device, samples=samples))
         for seed in range(len(checkpoints))
         for name, options in SCHEMES.items()
         if word in name
@@ -179,16 +193,13 @@ def fill(
     todo.sort(key=lambda one: (one[1], one[2].rounding != "learned"))  # the longest first
     if not todo:
         return
-    threads = max((os.cpu_count() or 1) // jobs, 1)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the workers
-    with tempfile.TemporaryDirectory(dir=file.resolve().parent) as work:
-        exact = exact_losses(checkpoints[0], text, device, work)
-        if table.get("original", exact)["digest"] != exact["digest"]:
-            raise SystemExit(f"{file} holds results on other tokens: give another -o")
-        table["original"] = exact
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
+    exact = file.with_suffix(".safetensors").resolve()
+    table["original"] = exact_losses(checkpoints[0], text, device, exact, table.get("original"))
+    with tempfile.TemporaryDirectory(dir=exact.parent) as work:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
         waiting = {
-            pool.submit(measure, checkpoints[seed], seed, options, text, work): (name, seed)
+            pool.submit(measure, checkpoints[seed], seed, options, text, exact, work): (name, seed)
             for name, seed, options in todo
         }
         try:
@@ -236,6 +247,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=None)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--samples", type=int, help="windows to round on; default: calibration's")
     parser.add_argument("--jobs", type=int, default=1, help="schemes measured at the same time")
     parser.add_argument("--only", default="", help="only schemes that contain this word")
     parser.add_argument("--peers", type=Path, help="results of examples/peer_losses.py")
@@ -249,7 +261,16 @@ def main() -> None:
     device = choose_device(options.device)
     interrupted = False
     try:
-        fill(table, file, options.checkpoints, text, device, options.jobs, options.only)
+        fill(
+            table,
+            file,
+            options.checkpoints,
+            text,
+            device,
+            options.samples,
+            options.jobs,
+            options.only,
+        )
     except KeyboardInterrupt:
         interrupted = True
     lines = lines_of(table, list(SCHEMES), read_peers(options.peers, table))

@@ -15,15 +15,21 @@ from quantkit.pack.scheme import SiteFormat
 
 
 class SharedInput:
-    """The linears of a site quantize their input once: the last one's operand is remembered."""
+    """The linears of a site quantize their input once: the last one's operand is remembered.
+
+    `replay` is the operand of a batch that was seen before; whatever x then is, it is taken.
+    """
 
     def __init__(self, fmt: SiteFormat, rule: str) -> None:
         self.format, self.rule = fmt, rule
+        self.replay: Tensor | None = None
         self._x: Tensor | None = None
         self._operand: Tensor | None = None
 
     def operand(self, x: Tensor, channels: Tensor | None, divisor: Tensor | None) -> Tensor:
         """The operand of x as the runtime makes it."""
+        if self.replay is not None:
+            return self.replay.view(*x.shape[:-1], -1)
         if self._x is not x or self._operand is None:
             self._x = x
             self._operand = reference.input_operand(x, self.format, self.rule, channels, divisor)
@@ -52,6 +58,24 @@ class PackedReference(nn.Module):
         return reference.linear(operand, self.weight, self.bias, x.dtype)
 
 
+class AttentionReplay(nn.Module):
+    """Attention whose output projection gets the operands it got before: nothing else is computed.
+
+    The parts stay in their places, so that hooks find them; none of theirs is called.
+    """
+
+    def __init__(self, attention: nn.Module, projection: PackedReference) -> None:
+        super().__init__()
+        for name, part in attention.named_children():
+            self.add_module(name, part)
+        self.layer_idx = attention.layer_idx
+        self._projection = [projection]  # in a list: not a part twice
+
+    def forward(self, hidden_states: Tensor, **arguments: object) -> tuple[Tensor, None]:
+        """hidden_states only says how many tokens there are."""
+        return self._projection[0].forward(hidden_states), None
+
+
 class PackedBlock:
     """Block `layer` of a runner; `install` puts a packed linear in the place of an ordinary one.
 
@@ -65,6 +89,7 @@ class PackedBlock:
         self._modules: dict[str, nn.Module] = {}
         self._weights: dict[str, Tensor] = {}
         self._stale = False
+        self._attention: nn.Module | None = None  # while it is replayed
 
     def install(self, linear: Linear, tensors: Mapping[str, Tensor], shared: SharedInput) -> None:
         """Let the block compute `linear` from its packed tensors."""
@@ -86,10 +111,24 @@ class PackedBlock:
         found = self.module.get_submodule(linear.module.split(".", 3)[3]).bias
         return found if isinstance(found, Tensor) else None
 
+    def replay_attention(self, projection: Linear) -> None:
+        """Compute no attention any more: its output projection, packed, replays its operands."""
+        packed = self._modules[projection.module]
+        attention = self.module.self_attn
+        assert isinstance(packed, PackedReference)
+        assert isinstance(attention, nn.Module)
+        self._attention = attention
+        self.module.self_attn = AttentionReplay(attention, packed)
+
+    def restore_attention(self) -> None:
+        """Compute attention again."""
+        if self._attention is not None:
+            self.module.self_attn, self._attention = self._attention, None
+
     def settle(self) -> None:
         """Make installed experts take effect."""
         if self._stale:
-            self.module = self.runner.load(self.layer, self._weights)
+            self.module, self._attention = self.runner.load(self.layer, self._weights), None
             for name, module in self._modules.items():
                 self._place(name, module)
             self._stale = False

@@ -35,12 +35,14 @@ from quantkit.pack.group import (
 from quantkit.pack.job import Job, PackOptions
 from quantkit.pack.learned import Learning
 from quantkit.pack.modules import PackedBlock, SharedInput
+from quantkit.pack.moments import add_outer
 from quantkit.pack.rounding import round_for_inputs
 from quantkit.pack.rtn import global_divisor
 from quantkit.pack.scheme import SiteFormat
 from quantkit.pack.separate import branch_tensors
 
 STATES_IN_MEMORY = 2 * 10**9
+OPERANDS_IN_MEMORY = 10**9  # of one block, on a CPU, where making them again takes longest
 
 
 class Reached(Exception):
@@ -73,6 +75,14 @@ class Sequential:
         )
         self._waiting: list[RoundedGroup] = []  # to be learned and then written, in order
         self._unwritten: dict[str, Tensor] = {}
+        self._operands: dict[str, list[Tensor]] = {}  # of this block, by site key and batch
+        self._shared: dict[str, SharedInput] = {}
+        width = max(
+            (sum(s.width for s in job.layout.layer_sites(i) if s.expert is None))
+            for i in range(job.layout.n_layers)
+        )
+        size = self.tokens.ids.numel() * width * dtype.itemsize
+        self._keeping = self.device.type == "cpu" and size <= OPERANDS_IN_MEMORY
 
     def _states(self, folder: str) -> HiddenStates:
         path = self.step.writer.scratch / folder
@@ -123,14 +133,20 @@ class Sequential:
                     if not is_done(self.step.writer, fmt, group):
                         self._round_group(site, fmt, group, moments[site.key])
                     self._install(block, site, fmt, group)
+                if site.kind == "attn_out" and site.key in self._operands:
+                    block.replay_attention(site.linears[0])
             block.settle()
         if self.exact is not None and exact is not None:
             self._forward(exact, self.exact, layer)
             if self._waiting:
+                self._forget_operands()  # other weights make other inputs
+                block.restore_attention()
                 said = self._learn(block, layer, self.exact)
+        if layer + 1 < self.job.layout.n_layers:  # nobody reads the last block's output
+            self._forward(block.module, self.states, layer)
+        self._forget_operands()
         if layer + 1 == self.job.layout.n_layers:
-            return said  # nobody reads the last block's output
-        self._forward(block.module, self.states, layer)
+            return said
         if self.states.worth_keeping():
             self.step.writer.flush()
             if self.exact is not None:
@@ -144,7 +160,19 @@ class Sequential:
         for b in range(len(self.batches)):
             with torch.no_grad():
                 x = states.get(layer, b).to(self.device)
+                self._replay(b if states is self.states else None)
                 states.put(layer + 1, b, self.runner.forward(module, x))
+
+    def _replay(self, batch: int | None) -> None:
+        """Let packed linears take the operands of this batch that were kept."""
+        for key, shared in self._shared.items():
+            kept = None if batch is None else self._operands.get(key)
+            shared.replay = kept[batch] if kept is not None and batch is not None else None
+
+    def _forget_operands(self) -> None:
+        self._replay(None)
+        self._operands.clear()
+        self._shared.clear()
 
     def _learn(self, block: PackedBlock, layer: int, exact: HiddenStates) -> str:
         """Learn what waits, write it, and let the block compute with it; words on the loss."""
@@ -185,30 +213,32 @@ class Sequential:
 
         def watch(site: Site, x: Tensor) -> None:
             if site.key in formats:
-                operand = self._operand(site, formats[site.key], x, channels.get(site.key))
-                add_outer(moments[site.key], operand)
+                fmt, taken = formats[site.key], channels.get(site.key)
+                operand = self._operand(site, fmt, x, taken)
+                if self._keeping and site.expert is None:
+                    self._operands.setdefault(site.key, []).append(operand)
+                add_outer(moments[site.key], branch_last(operand, fmt, taken))
                 counts[site.key] += len(x)
             if site.key == final:
                 raise Reached
 
         for b in range(len(self.batches)):
             states = self.states.get(layer, b).to(self.device)
+            self._replay(b)
             try:
                 self.runner.capture(block.module, layer, states, watch)
             except Reached:
                 continue
+        self._replay(None)
         for key, count in counts.items():
             moments[key] /= max(count, 1)
         return moments
 
     def _operand(self, site: Site, fmt: SiteFormat, x: Tensor, channels: Tensor | None) -> Tensor:
-        """What the packed linears multiply, [tokens, in + k]: the branch's columns at the end."""
+        """What the packed linears multiply, [tokens, in] (with a Hadamard [tokens, in + k])."""
         divisor = self.job.divisors.get(site.key)
         divisor = divisor if divisor is None else divisor.to(self.device)
-        operand = reference.input_operand(x, fmt, self.job.scheme.scale_rule, channels, divisor)
-        if channels is None or fmt.hadamard_size:
-            return operand
-        return torch.cat([operand.index_fill(1, channels, 0), operand[:, channels]], 1)
+        return reference.input_operand(x, fmt, self.job.scheme.scale_rule, channels, divisor)
 
     def _round_group(
         self, site: Site, fmt: SiteFormat, group: Sequence[Linear], moments: Tensor
@@ -251,6 +281,8 @@ class Sequential:
     ) -> None:
         """Let the block compute with the bytes that were (or will be) written."""
         shared = SharedInput(fmt, self.job.scheme.scale_rule)
+        if not is_expert(group[0]):
+            self._shared[site.key] = shared
         for linear in group:
             found = {n: self._read(n).to(self.device) for n in names_of(fmt, linear)}
             tensors = {name.rpartition(".")[2]: tensor for name, tensor in found.items()}
@@ -270,7 +302,8 @@ def stages(sites: Sequence[Site]) -> Iterator[list[Site]]:
         yield experts
 
 
-def add_outer(total: Tensor, x: Tensor) -> None:
-    """total += x^T x in float32, for x [tokens, n] whose values bfloat16 holds exactly."""
-    x = x.float()
-    total.addmm_(x.t(), x)
+def branch_last(operand: Tensor, fmt: SiteFormat, channels: Tensor | None) -> Tensor:
+    """The operand as [tokens, in + k]: the branch's columns at the end, zeros in their places."""
+    if channels is None or fmt.hadamard_size:
+        return operand
+    return torch.cat([operand.index_fill(1, channels, 0), operand[:, channels]], 1)
