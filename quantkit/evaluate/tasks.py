@@ -77,7 +77,7 @@ def _require() -> None:
         import lm_eval  # noqa: F401
     except ImportError:
         raise QuantkitError(
-            "--tasks needs lm-eval, which is not installed", 'pip install "quantkit[eval]"'
+            "--tasks needs lm-eval, which is not installed", "pip install lm-eval"
         ) from None
 
 
