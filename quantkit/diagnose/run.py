@@ -41,10 +41,12 @@ STATE_MEMORY = 4 * 10**9  # hidden states carried at once; more sets go through 
 # Schemes the Pareto picture shows beside the one diagnosed: name, options.
 SCHEMES: tuple[tuple[str, PackOptions], ...] = (
     ("mxfp4", PackOptions("mxfp4")),
+    ("mxfp4, Hadamard 32", PackOptions("mxfp4", hadamard=32)),
     ("nvfp4", PackOptions("nvfp4")),
     ("mxfp8", PackOptions("mxfp8")),
     ("osc", PackOptions("osc")),
     ("osc, mlp_out mxfp4", PackOptions("osc", mlp_out="mxfp4")),
+    ("nvfp4 + fp8 branch", PackOptions("w4a4", rounding="rtn")),
 )
 
 
