@@ -34,7 +34,8 @@ def main() -> None:
     """Take the picture and reduce it to few colours."""
     from PIL import Image
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--height", type=int, default=1400, help="pixels from the top of the page")
