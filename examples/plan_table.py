@@ -43,7 +43,11 @@ def planned(checkpoint: str, folder: Path, asked: argparse.Namespace) -> Path:
     output = folder / "plan.json"
     if not output.exists():
         options = Options(
-            bits=asked.bits, samples=asked.samples, windows=asked.trials, device=asked.device
+            bits=asked.bits,
+            data=asked.plan_data,
+            samples=asked.samples,
+            windows=asked.trials,
+            device=asked.device,
         )
         report = plan(checkpoint, options, output)
         (folder / "report.json").write_text(json.dumps(report, indent=1))
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=4.75)
     parser.add_argument("--samples", type=int, default=4, help="as for `quantkit plan`")
     parser.add_argument("--trials", type=int, default=8, help="`quantkit plan --windows`")
+    parser.add_argument("--plan-data", help="text to plan on; default: the calibration's")
     parser.add_argument("--rows", default=";".join(ROWS), help=f"of {'; '.join(ROWS)}")
     parser.add_argument(
         "--runs", help="numbers of the checkpoints to do, with commas; default: all"

@@ -16,7 +16,7 @@ from quantkit.plan.sensitivity import Costs
 Choice = dict[str, str]  # name of a format by site key
 
 REFERENCES = ("nvfp4", "mxfp4 + bf16 groups of 32")  # uniform plans that are always run
-AROUND = (-0.25, 0.25, 0.5, 1.0)  # budgets around the one asked for: the curve
+AROUND = (-0.25, 0.5)  # budgets around the one asked for: the curve
 GRID = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5)  # bits above the cheapest: where a limit is looked for
 
 
@@ -104,9 +104,10 @@ class Market:
 
     def for_bits(self, bits: float) -> list[Proposal]:
         """Uniform plans, those for the budget, and some at other budgets for the curve."""
+        uniform = [p for p in self.uniform() if p.bits <= bits + max(AROUND)]
         around = [bits + more for more in AROUND if bits + more >= self.least]
         mixed = [self.by_kind(bits), self.by_site(bits), *map(self.by_site, around)]
-        return distinct([*self.uniform(), *mixed])
+        return distinct([*mixed[:2], *uniform, *mixed[2:]])
 
     def for_limit(self) -> list[Proposal]:
         """Uniform plans, and budgets from the cheapest up."""

@@ -37,6 +37,7 @@ from quantkit.plan.kept import Kept, partial
 from quantkit.plan.proposals import AROUND, GRID, Choice, Market, Proposal
 from quantkit.plan.sensitivity import sensitivities
 
+TOGETHER = 4  # plans run in one pass over the blocks; the results of each pass are kept
 REFINEMENTS = 2  # rounds of budgets between the last plan above a limit and the first below
 
 
@@ -157,7 +158,7 @@ def dry_run(checkpoint: str | Path | None, options: Options) -> dict[str, Any]:
     runner = BlockRunner(setting.source, layout, device=_device(options))
     measured = pace(runner, setting.judged_on[:1])
     looks, runs = len(setting.judged_on), len(setting.run_on)
-    plans = 5 + (len(AROUND) + 2 if options.bits is not None else len(GRID) + 2 * REFINEMENTS)
+    plans = 6 + (len(AROUND) + 2 if options.bits is not None else len(GRID) + 2 * REFINEMENTS)
     # forward, forward and backward (about four passes), and a quarter pass for each format
     judging = looks * (4 + 0.25 * len(setting.jobs)) * measured.whole(layout.n_layers)
     running = runs * plans * ROUNDED * measured.whole(layout.n_layers)
@@ -231,14 +232,14 @@ def _run(
     runner: BlockRunner, setting: _Setting, kept: Kept, proposals: Sequence[Proposal]
 ) -> list[Point]:
     """Excess loss of the proposals, those of an interrupted run as they were found."""
-    todo = {p.digest: p for p in proposals if p.digest not in kept.runs}
-    if todo:
+    todo = [p for p in proposals if p.digest not in kept.runs]
+    for few in (todo[i : i + TOGETHER] for i in range(0, len(todo), TOGETHER)):
         arrangements: dict[str, Arrangement] = {"plain": lambda site: PLAIN}
-        arrangements |= {digest: _arrangement(p.choice) for digest, p in todo.items()}
+        arrangements |= {p.digest: _arrangement(p.choice) for p in few}
         swept = sweep(runner, setting.run_on, arrangements, rounder(setting.jobs), label="plans")
-        for digest in todo:
-            excess = compare(swept.losses["plain"], swept.losses[digest])
-            kept.runs[digest] = excess.mean, excess.stderr
+        for proposal in few:
+            excess = compare(swept.losses["plain"], swept.losses[proposal.digest])
+            kept.runs[proposal.digest] = excess.mean, excess.stderr
         kept.keep(kept.costs)
     return [Point(p, *kept.runs[p.digest]) for p in proposals]
 
