@@ -18,6 +18,7 @@ DERIVED = ("statistics.safetensors", "outliers.json")
 
 def place(real: Path, target: Path) -> None:
     """Give the file `real` the further name `target`: a hard link, else a copy."""
+    target.unlink(missing_ok=True)
     try:
         os.link(real, target)
     except OSError:
@@ -25,11 +26,15 @@ def place(real: Path, target: Path) -> None:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy every file below `source` to the same place below `target`, over what is there."""
+    """Copy every file below `source` to the same place below `target`, in place of what is there.
+
+    What is there may be a hard link to another checkpoint's file: it is replaced, not written to.
+    """
     for folder, _, files in os.walk(source):
         here = target / Path(folder).relative_to(source)
         here.mkdir(parents=True, exist_ok=True)
         for file in files:
+            (here / file).unlink(missing_ok=True)
             shutil.copyfile(Path(folder, file), here / file)
 
 

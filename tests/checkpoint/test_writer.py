@@ -250,6 +250,19 @@ def test_statistics_go_along_only_with_the_same_weights(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "dropped").config == {"model_type": "other"}
 
 
+def test_new_statistics_leave_those_of_the_input_as_they_are(tmp_path: Path) -> None:
+    source = sharded(tmp_path / "in")
+    for name in ("statistics.safetensors", "outliers.json"):
+        (source / name).write_bytes(b"old")
+    with CheckpointWriter(tmp_path / "out", open_checkpoint(source), fingerprint={}) as writer:
+        writer.keep_rest()
+        writer.write_file("statistics.safetensors", b"new")
+        writer.finish(Step("calibrate"))
+    assert (tmp_path / "out" / "statistics.safetensors").read_bytes() == b"new"
+    for name in ("statistics.safetensors", "outliers.json"):
+        assert (source / name).read_bytes() == b"old"
+
+
 def test_the_manifest_tells_every_step_and_saves_the_next_digest(tmp_path: Path) -> None:
     source = open_checkpoint(sharded(tmp_path / "in"))
     for name, verb in [("a", "calibrate"), ("b", "smooth")]:
