@@ -98,8 +98,10 @@ def parse() -> argparse.Namespace:
         default="int4:full,mxfp4:32",
         help="rounding:Hadamard; int4 is per token and per channel, mxfp4 in blocks of 32",
     )
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th layer")
     parser.add_argument("--rule", default="even", help="of the MX scales")
     parser.add_argument("--steps", type=int, default=800, help="of learning, at most")
+    parser.add_argument("--trial", type=int, default=60, help="steps that choose a start")
     parser.add_argument("--batch", type=int, default=512, help="tokens a learning step")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -111,7 +113,8 @@ def capture(checkpoint: Checkpoint, arguments: argparse.Namespace, device: torch
     layout = describe(checkpoint.config, checkpoint.tensors)
     folder = arguments.output / "inputs"
     folder.mkdir(exist_ok=True)
-    wanted = [s for s in layout.sites if s.kind == "mlp_out" and s.expert is None]
+    dense = [s for s in layout.sites if s.kind == "mlp_out" and s.expert is None]
+    wanted = [s for s in dense if s.layer % arguments.every == 0]
     keys = {s.key for s in wanted if not (folder / f"{s.layer}.safetensors").exists()}
     if not keys:
         return
@@ -121,7 +124,8 @@ def capture(checkpoint: Checkpoint, arguments: argparse.Namespace, device: torch
     console.note(f"data: {batch.description}; {len(ids)} of them used")
     runner = BlockRunner(checkpoint, layout, device=device)
     with console.progress("capture", layout.n_layers) as progress:
-        for layer, inputs in observe(runner, ids, lambda s: s.key in keys, layout.n_layers - 1):
+        last = max(site.layer for site in wanted)
+        for layer, inputs in observe(runner, ids, lambda s: s.key in keys, last):
             for seen in inputs:  # a fifth is held out; a fifth of the rest chooses
                 first = len(seen.fit) // arguments.seq_len * 4 // 5 * arguments.seq_len
                 parts = {"fit": seen.fit[:first], "choose": seen.fit[first:], "report": seen.held}
@@ -169,7 +173,9 @@ def experiment(arguments: argparse.Namespace, device: torch.device, recipe: str)
         "joint": min(mean, key=lambda pair: mean[pair]),
     }
 
-    training = Training(steps=arguments.steps, batch=arguments.batch, seed=arguments.seed)
+    training = Training(
+        steps=arguments.steps, trial=arguments.trial, batch=arguments.batch, seed=arguments.seed
+    )
     rows = []
     for layer in layers(arguments.output, device):
         path = folder / f"{layer.index}-final.json"

@@ -88,15 +88,30 @@ def descend(problem: Problem, start: Tensor | None, training: Training) -> tuple
                 best_theta, best_error, best_step = theta.detach().clone(), error, step
             if step - best_step >= training.patience or step == training.steps:
                 break
-        chosen = torch.randint(len(x), (min(training.batch, len(x)),), generator=generator)
-        outputs = torch.randperm(len(w), generator=generator)[: training.outputs]
+        if step % training.check_every == 0:
+            rows, outputs = _drawn(problem, training, generator)
+        now = step % training.check_every
         optimizer.param_groups[0]["lr"] = training.learning_rate * _schedule(step, training)
         optimizer.zero_grad(set_to_none=True)
-        _accumulate(x[chosen.to(x.device)], w[outputs.to(w.device)], theta, problem, kept)
+        _accumulate(x[rows[now]], w[outputs[now]], theta, problem, kept)
         optimizer.step()
         with torch.no_grad():
             theta.copy_(centred(theta))
     return _unfold(best_theta, tie).exp(), step
+
+
+def _drawn(
+    problem: Problem, training: Training, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Tokens and outputs of the steps up to the next check, [steps, n] each.
+
+    Drawn on the CPU, the same on every device; copied at once, as each copy waits for the device.
+    """
+    x, w, steps = problem.x, problem.w, range(training.check_every)
+    batch = (min(training.batch, len(x)),)
+    rows = [torch.randint(len(x), batch, generator=generator) for _ in steps]
+    outputs = [torch.randperm(len(w), generator=generator)[: training.outputs] for _ in steps]
+    return torch.stack(rows).to(x.device), torch.stack(outputs).to(w.device)
 
 
 def _accumulate(x: Tensor, w: Tensor, theta: Tensor, problem: Problem, kept: Tensor | None) -> None:

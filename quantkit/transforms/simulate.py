@@ -121,15 +121,16 @@ def output_error(
     rest = w if kept is None else w * kept
     weight = simulation.transform(rest if scale is None else rest * scale)
     weight = fake_quantize(weight, simulation.weights, simulation.rule)
-    squared = reference = 0.0
+    squared = reference = torch.zeros((), dtype=torch.float64, device=x.device)
     for part in x.split(TOKENS_AT_ONCE):
         part = part.to(w.dtype)
         exact = part @ w.T
-        reference += float(exact.square().sum(dtype=torch.float64))
+        reference = reference + exact.square().sum(dtype=torch.float64)
         if kept is not None:
             exact = part @ rest.T
             part = part * kept
         smoothed = simulation.transform(part if scale is None else part / scale)
         rounded = fake_quantize(smoothed, simulation.activations, simulation.rule)
-        squared += float((rounded @ weight.T - exact).square().sum(dtype=torch.float64))
-    return squared**0.5, (squared / max(reference, 1e-60)) ** 0.5
+        squared = squared + (rounded @ weight.T - exact).square().sum(dtype=torch.float64)
+    left, whole = float(squared), float(reference)  # waits for the device once
+    return left**0.5, (left / max(whole, 1e-60)) ** 0.5

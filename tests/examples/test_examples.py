@@ -98,3 +98,16 @@ def test_transforms_table(workspace: Workspace) -> None:
     assert out == Path("table/transforms.md").read_text() + "\n"
     # Nothing is left to do: nothing is packed.
     assert example("transforms_table.py", "model-calibrated", *options, rows) == out
+
+
+def test_smoothrot_table(workspace: Workspace) -> None:
+    options = ["--data", "wikitext", "--samples", "20", "--seq-len", "32", "--steps", "4"]
+    out = example("smoothrot_table.py", "model", *options, "--trial", "2", "-o", "table")
+    assert "int4:full" in out
+    tables = json.loads(Path("table/table.json").read_text())
+    assert set(tables) == {"int4:full", "mxfp4:32"}
+    for table in tables.values():
+        assert len(table["layers"]) == 2
+        for row in table["layers"]:
+            assert 0 < row["learned"]["normalised"] < 1.1 * row["none"]["normalised"]
+    assert example("smoothrot_table.py", "model", *options, "--trial", "2", "-o", "table") == out

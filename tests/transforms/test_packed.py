@@ -14,7 +14,7 @@ from quantkit.transforms.equivalence import difference, logits
 from tests.tiny import save_tiny
 from tests.transforms.families import FAMILIES, tokens
 
-FLOAT32 = 1e-4  # relative to the largest logit
+FLOAT64, FLOAT32 = 1e-9, 1e-4  # relative to the largest logit
 
 
 def quantkit(*arguments: object) -> None:
@@ -43,6 +43,22 @@ def test_smooth_separate_rotate_pack_without_rounding_is_the_model(
     config = open_checkpoint(Path("packed")).config["quantization_config"]
     assert config["sites"]["mlp_in"]["hadamard"] == {"block": 32}
     assert any(site["branch"] for site in config["sites"].values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_smooth_then_rotate_globally_is_the_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, changes = FAMILIES[name]
+    source = save_tiny(tmp_path / "model", family, torch.float64, **changes)
+    save_file({"ids": tokens(8, 64)}, tmp_path / "tokens.safetensors")
+    monkeypatch.chdir(tmp_path)
+    quantkit("calibrate", source, "--data", "tokens.safetensors:ids", "--all-experts")
+    quantkit("smooth", "--method", "quantile", "--quantile", 0.99, "--no-check", "-o", "smoothed")
+    quantkit("rotate", "--kind", "random-hadamard", "-o", "rotated")
+    before = logits(source, tokens())
+    for step in ("smoothed", "rotated"):
+        assert 0 < difference(before, logits(Path(step), tokens())) < FLOAT64
 
 
 @pytest.mark.parametrize("name", FAMILIES)
