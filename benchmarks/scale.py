@@ -4,8 +4,8 @@
 
 Each step runs in a process of its own on the CPU; its memory is that process's peak resident set
 less that of an interpreter that only imported torch. Calibrate and pack are asked first what they
-will take (--dry-run). Writes OUTPUT.json and OUTPUT.md when given; needs free disk of about four
-times the largest size.
+will take (--dry-run). Writes OUTPUT.json and OUTPUT.md, to what OUTPUT.json holds already; needs
+free disk of about three times the largest size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WINDOWS = (4, 128)
 # Verb, options, input, and what is no longer needed behind it.
 STEPS: tuple[tuple[str, list[str], str, tuple[str, ...]], ...] = (
     ("calibrate", ["--data", "tokens.safetensors:ids", "--device", "cpu"], "model", ()),
-    ("smooth", ["--method", "max", "--samples", "2"], "model-calibrated", ("model-smoothed",)),
+    ("smooth", ["--method", "max", "--no-check"], "model-calibrated", ("model-smoothed",)),
     ("separate-outliers", [], "model-calibrated", ()),
     ("rotate", ["--kind", "hadamard"], "model-separated", ("model-rotated",)),
     ("pack", ["--scheme", "osc", "--device", "cpu"], "model-separated", ()),
@@ -72,7 +72,7 @@ def one_size(folder: Path, model: Model, gigabytes: float, torch_alone: int) -> 
             said, _, seconds = run([*command, "--dry-run", "--json"], folder)
             plan = json.loads(said)
             row["predicted_above"] = plan["peak_memory_bytes"] - torch_alone
-            row["predicted_seconds"] = plan.get("seconds", 0)
+            row["predicted_seconds"] = plan["seconds"]
             row["dry_run_seconds"] = round(seconds, 1)
         _, most, seconds = run([*command, "-q"], folder)
         row |= {"peak": most, "above": most - torch_alone, "seconds": round(seconds, 1)}
@@ -120,7 +120,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work (an empty folder is made there)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
-    results = []
+    kept = options.output.with_suffix(".json") if options.output else None
+    results = json.loads(kept.read_text()) if kept and kept.exists() else []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         _, torch_alone, _ = run([sys.executable, "-c", "import torch"], folder)
@@ -128,9 +129,10 @@ def main() -> None:
         wanted += [(MIXTURE, options.moe)] if options.moe else []
         for model, size in wanted:
             results.append(one_size(folder, model, size, torch_alone))
-    if options.output:
-        options.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(table(results) + "\n")
+    results.sort(key=lambda found: (found["experts"], found["gigabytes"]))
+    if kept:
+        kept.write_text(json.dumps(results, indent=1) + "\n")
+        kept.with_suffix(".md").write_text(table(results) + "\n")
     print(table(results))
 
 

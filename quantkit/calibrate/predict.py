@@ -12,48 +12,53 @@ from quantkit import console
 from quantkit.calibrate.accumulators import Scratch, SiteAccumulator
 from quantkit.calibrate.layerwise import Options, prepare
 from quantkit.calibrate.parallel import Ranks
+from quantkit.checkpoint.pace import digest_seconds, hash_rate, running, write_rate
 from quantkit.checkpoint.step import Target, open_source, output_of, peak_memory
 from quantkit.model.block import BlockRunner
 
 
 def predict(checkpoint: str | Path | None, options: Options, target: Target) -> dict[str, Any]:
-    """Predict memory, time and bytes of a calibration; writes nothing.
+    """Predict memory, time and bytes of a calibration; leaves nothing behind.
 
-    Time and memory are measured on the first block with one batch: the other blocks and batches
-    cost the same again in time; in memory only the states and group maxima of all batches add up.
+    One batch runs through the first two blocks as in a real run, the next block being read
+    meanwhile. The other blocks and batches cost the same again in time; in memory only the states
+    and group maxima of all batches add up.
     """
-    start = time.monotonic()
     source = open_source(checkpoint)
     output = output_of(source, "calibrated", target)
     run = prepare(source, options, Ranks())
     runner = BlockRunner(source, run.layout, device=run.device, dtype=run.dtype)
     runner.prefetch(0)
     first, last = run.batches[0]
+    started = time.monotonic()
     hidden = runner.embed(run.tokens.ids[first:last])
-    ready = time.monotonic()
-    block = runner.load(0)
-    if run.layout.n_layers > 1:
-        runner.prefetch(1)
-    found: dict[str, SiteAccumulator] = {}
-    scratch = Scratch()
-    loaded = time.monotonic()
-    run.one_batch(runner, block, 0, hidden, found, scratch)  # once to warm up
-    warm = time.monotonic()
-    run.one_batch(runner, block, 0, hidden, found, scratch)
-    batch_seconds = time.monotonic() - warm
-    keys = sum(k.nbytes for acc in found.values() for k in acc.maxima.keys) // 2
-    closing = time.monotonic()
-    run.measured(0, found)
-    closed = time.monotonic()
+    embed_seconds = time.monotonic() - started
+    before, layers = running(), run.layout.n_layers
+    for i in range(min(layers, 2)):  # the first one warms up
+        started = time.monotonic()
+        block = runner.load(i)
+        if i + 1 < layers:
+            runner.prefetch(i + 1)
+        found: dict[str, SiteAccumulator] = {}
+        batch = time.monotonic()
+        hidden = run.one_batch(runner, block, i, hidden, found, Scratch())
+        batch_seconds = time.monotonic() - batch
+        del block
+        keys = sum(k.nbytes for acc in found.values() for k in acc.maxima.keys)
+        run.measured(i, found)
+        block_seconds = time.monotonic() - started
 
-    batches = len(run.batches)
+    batches, on_gpu = len(run.batches), run.device.type == "cuda"
+    per_batch = batch_seconds * (run.tokens.ids.shape[0] / (last - first) - 1)
+    per_channel = 4 + 8 * 9 + run.k * run.dtype.itemsize
+    written = sum(site.width for site in run.layout.sites) * per_channel
+    # Once a block's and once all together, then read back for their digest.
+    writing = written * (2 / write_rate(output) + 1 / hash_rate())
+    seconds = before + digest_seconds(source) + embed_seconds * (batches - 1)
+    seconds += layers * (block_seconds + per_batch) + writing
     tokens = run.tokens.ids.numel()
     states = tokens * run.layout.hidden * run.dtype.itemsize
     held = states if states <= options.activation_memory else 0
-    block_seconds = (loaded - ready) / 2 + batches * batch_seconds + (closed - closing)
-    seconds = (ready - start) + run.layout.n_layers * block_seconds
-    per_channel = 4 + 8 * 9 + run.k * run.dtype.itemsize
-    channels = sum(site.width for site in run.layout.sites)
     read = sum(info.nbytes for info in source.tensors.values())
     plan = {
         "output": str(output),
@@ -65,12 +70,13 @@ def predict(checkpoint: str | Path | None, options: Options, target: Target) -> 
         "device": str(run.device),
         "dtype": str(run.dtype).removeprefix("torch."),
         "bytes_read": read,
-        "bytes_written": channels * per_channel,
-        "peak_memory_bytes": peak_memory() + held + (batches - 1) * keys,
+        "bytes_written": written,
+        "peak_memory_bytes": peak_memory() + held + (0 if on_gpu else (batches - 1) * keys),
         "seconds": round(seconds, 1),
     }
-    if run.device.type == "cuda":
-        plan["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(run.device)
+    if on_gpu:
+        most = torch.cuda.max_memory_allocated(run.device)
+        plan["peak_gpu_bytes"] = most + (batches - 1) * keys
     return plan
 
 

@@ -6,8 +6,10 @@ not stay resident as mapped pages would.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from quantkit.errors import InputRejected, QuantkitError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 4 * 1024 * 1024
+OWN_PAGES = 1024 * 1024  # from this size on, memory is taken from the system by itself
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Checkpoint:
             count = info.dtype.itemsize
             for size in shape:
                 count *= size
-            out = torch.empty(count, dtype=torch.uint8).view(info.dtype).view(shape)
+            out = _own_memory(count).view(info.dtype).view(shape)
         elif out.dtype != info.dtype or tuple(out.shape) != shape or not out.is_contiguous():
             raise ValueError(f"{info.name} does not fit the tensor given")
         read_into(self._file(info.shard), start, tensor_bytes(out), self.shards[info.shard])
@@ -108,13 +111,18 @@ class Checkpoint:
     def tensor_digests(self) -> dict[str, str]:
         """The sha256 of every tensor's bytes: from the manifest when it is newer than the shards,
         else computed in one pass over the files."""
-        if self._digests is None:
-            self._digests = self._recorded_digests()
-        if self._digests is None:
+        if not self.knows_digests():
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 found = pool.map(self._digest, self.tensors)
                 self._digests = dict(zip(self.tensors, found, strict=True))
+        assert self._digests is not None
         return self._digests
+
+    def knows_digests(self) -> bool:
+        """Whether `tensor_digests` need not read the weights."""
+        if self._digests is None:
+            self._digests = self._recorded_digests()
+        return self._digests is not None
 
     def _recorded_digests(self) -> dict[str, str] | None:
         if self.manifest is None or set(self.manifest.tensors) != set(self.tensors):
@@ -144,6 +152,20 @@ class Checkpoint:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _own_memory(size: int) -> torch.Tensor:
+    """Bytes (uint8) that go back to the system when they are freed.
+
+    The C library would keep large pieces for later ones, and what lies between them.
+    """
+    if size < OWN_PAGES:
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,6 +9,7 @@ from quantkit import console
 from quantkit.checkpoint.step import Target, open_source, output_of
 from quantkit.formats import FORMATS
 from quantkit.kernels import dispatch
+from quantkit.pack.forecast import forecast
 from quantkit.pack.job import Job, PackOptions, prepare
 from quantkit.pack.layout import tensors_of
 from quantkit.pack.pack import packed_config, suffix
@@ -27,7 +28,7 @@ def preview(
     method = packed_config(job, options)["quantization_config"]["quant_method"]
     rows, before, after = _by_kind(job)
     rest = sum(info.nbytes for info in source.tensors.values()) - before
-    largest = max(out * width for s in job.layout.sites for out, width in [s.linears[0].shape])
+    foretold = forecast(job, options, output, after, rest)
     data = {
         "output": str(output),
         "quant_method": method,
@@ -36,7 +37,7 @@ def preview(
         "bytes_out": after + rest,
         "left_as_they_are": len(source.tensors) - sum(row["linears"] for row in rows),
         "unmatched": list(job.layout.unmatched),
-        "peak_memory_bytes": 12 * largest,
+        **foretold,
         "kernels": _kernels(job),
     }
     table = console.table(
@@ -48,7 +49,8 @@ def preview(
         f"{data['bytes_in'] / 1e6:.1f} MB -> {data['bytes_out'] / 1e6:.1f} MB, {method}",
         f"{data['left_as_they_are']} tensors stay as they are"
         + (f", {len(job.layout.unmatched)} of them unknown" if job.layout.unmatched else ""),
-        f"peak memory about {data['peak_memory_bytes'] / 1e6:.0f} MB above the interpreter's",
+        f"peak memory about {data['peak_memory_bytes'] / 1e6:.0f} MB"
+        + (f", about {data['seconds']:.0f} s" if "seconds" in data else ""),
         f"would run on: {', '.join(data['kernels'])}",
         f"would write {output}",
     ]

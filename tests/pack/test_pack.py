@@ -220,7 +220,7 @@ def test_a_plan_with_impossible_channels_is_refused(calibrated: Path, tmp_path: 
 def test_an_interrupted_run_ends_with_the_same_bytes(
     calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantkit.pack import pack as module
+    from quantkit.pack import plain as module
 
     options = PackOptions("osc", mlp_out="mxfp4")
     pack(calibrated, options, Target(tmp_path / "whole"))
