@@ -81,7 +81,7 @@ class PackedSite:
         for member in self.members:
             member.move_packed(device)
             bias = {} if member.bias is None else {"bias": member.bias}
-            linears.append(_for_kernels(member.packed()) | bias)
+            linears.append(for_kernels(member.packed()) | bias)
         self._kernel = dispatch.prepare(self.key, work, linears, device)
         self._chosen_for = (device, dtype)
         if self._kernel is not None:
@@ -122,7 +122,7 @@ def prepare(model: nn.Module, dtype: torch.dtype) -> None:
             module.site.choose(next(iter(module.packed().values())).device, dtype)
 
 
-def _for_kernels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def for_kernels(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as kernels take them: the scales of an FP8 branch as float32 numbers."""
     scale = tensors.get("outlier_weight_scale")
     return tensors if scale is None else tensors | {"outlier_weight_scale": e8m0.decode(scale)}
