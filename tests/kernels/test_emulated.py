@@ -34,8 +34,9 @@ class Emulator:
         self.loaded: dict[str, ctypes.CDLL] = {}
         for source in SOURCES.glob("sm90_*.cuh"):
             (folder / source.name).write_text(change(source.read_text()))
-        atoms = Path(__file__).with_name("emulated_atoms.cuh")
-        (folder / "sm90_atoms.cuh").write_text(atoms.read_text())
+        for source in Path(__file__).parent.glob("emulated_*.cuh"):
+            name = source.name.replace("emulated_atoms", "sm90_atoms")
+            (folder / name).write_text(source.read_text())
 
     def load(self, text: str, name: str, arch: str) -> ctypes.CDLL:
         """The library of an instantiation."""
