@@ -81,7 +81,7 @@ def run(options: Options) -> dict[str, Any]:
         raise UsageError("bench needs a CUDA device", "quantkit doctor says what runs here")
     device = torch.device("cuda", torch.cuda.current_device())
     timer: Timer = lambda calls: graph_time(calls, options.repeats)  # noqa: E731
-    bandwidth = options.bandwidth or _copy_bandwidth(timer, device)
+    bandwidth = options.bandwidth or copy_bandwidth(timer, device)
     with torch.inference_mode():
         cells = list(measure(options, device, timer, bandwidth))
     return {
@@ -122,7 +122,7 @@ def measure(
             raise QuantkitError(f"no kernel to time: {reason}", "quantkit doctor says what runs")
         name = dispatch.choose(work, device).name
         own_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        modules: list[Any] = _copies(prepared, own_bytes)
+        modules: list[Any] = copies(prepared, own_bytes)
         bench_peers = {peer: PEERS[peer](outputs, width, device) for peer in options.peers}
         for tokens in options.tokens:
             x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
@@ -194,12 +194,13 @@ def _packed_weight(
     return tensors
 
 
-def _copies(module: nn.Module, own_bytes: int) -> list[nn.Module]:
+def copies(module: nn.Module, own_bytes: int) -> list[nn.Module]:
+    """The module and as many copies as keep its weights out of L2 from call to call."""
     count = min(MOST_COPIES, max(2, -(-COLD_BYTES // own_bytes)))
     return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
 
 
-def _copy_bandwidth(timer: Timer, device: torch.device) -> float:
+def copy_bandwidth(timer: Timer, device: torch.device) -> float:
     """Bytes a second a plain copy moves, reads and writes counted."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

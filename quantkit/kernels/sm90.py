@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ARCH = "sm_90a"
 ROTATIONS = (32, 64, 128, 256, 512)  # of the online block Hadamard
+OVERLAP = True  # launches start while the kernel before ends (programmatic dependent launch)
 OUTPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # numbered as in sm90_epilogue.cuh
 
 
@@ -253,7 +254,7 @@ def quantize_tokens(
     )
     dtype = "bf16" if x.dtype == torch.bfloat16 else "fp16"
     library = jit.load(sm90_tiles.activation_text(dtype), "sm90_activation", ARCH)
-    _check(library.run(ctypes.byref(args), 1, _stream(x)), "sm90_activation")
+    _check(library.run(ctypes.byref(args), int(OVERLAP), _stream(x)), "sm90_activation")
     return tokens, scales
 
 
@@ -291,8 +292,10 @@ def gemm(
     if count == 0:
         return out
     plan = sm90_tiles.plan(outputs, width, count, _multiprocessors(tokens.device.index))
-    tile = plan.tile
+    tile = sm90_tiles.careful(plan.tile) if dtype == torch.float32 else plan.tile
     partials, flags = _workspace(tokens)
+    if tile.tokens == 256 and width > tile.promote > 512:  # where the sums of a tile rest
+        partials = tokens.new_empty(plan.ctas * tile.row_groups * ROWS * 256, dtype=torch.float32)
     bricks = -(-width // COLUMNS)
     args = GemmArguments(
         weights=weights.data_ptr(),
@@ -311,11 +314,12 @@ def gemm(
         bricks=bricks,
         branch_bricks=0 if branch is None else weights.shape[1] - bricks,
         split=plan.split,
-        ahead=2,
+        ahead=2 if OVERLAP else 0,
         out_type=OUTPUT_TYPES.index(dtype),
     )
     library = jit.load(sm90_tiles.gemm_text(tile, form, branch), "sm90_gemm", ARCH)
-    _check(library.run(ctypes.byref(args), plan.ctas, 1, _stream(tokens)), "sm90_gemm")
+    status = library.run(ctypes.byref(args), plan.ctas, int(OVERLAP), _stream(tokens))
+    _check(status, "sm90_gemm")
     return out
 
 

@@ -116,14 +116,24 @@ CUTLASS_DEVICE uint64_t evict_last_policy() {
   return policy;
 }
 
-// cute::SM90_BULK_COPY_G2S with an L2 cache policy.
+// cute::SM90_BULK_COPY_G2S with an L2 cache policy, to the same place in all CTAs of the cluster.
+template <int Cluster>
 CUTLASS_DEVICE void bulk_copy(uint32_t smem, void const* gmem, uint32_t bytes, FullBarrier& full,
                               uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1], %2, [%3], %4;" ::"r"(smem),
-      "l"(gmem), "r"(bytes), "r"(cute::cast_smem_ptr_to_uint(&full)), "l"(policy)
-      : "memory");
+  uint32_t const barrier = cute::cast_smem_ptr_to_uint(&full);
+  if constexpr (Cluster == 1) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1], %2, [%3], %4;" ::"r"(smem),
+        "l"(gmem), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1], %2, [%3], %4, %5;" ::"r"(smem),
+        "l"(gmem), "r"(bytes), "r"(barrier), "h"(uint16_t((1 << Cluster) - 1)), "l"(policy)
+        : "memory");
+  }
 }
 
 CUTLASS_DEVICE void copy_async_16(uint32_t smem, void const* gmem) {

@@ -8,17 +8,24 @@
 namespace quantkit::sm90 {
 
 template <class Format_, class Branch_, int Tokens_, int RowGroups_, int KGroups_, int Bricks_,
-          int Stages_>
+          int Stages_, int PromoteColumns_, int Cluster_>
 struct Tile {
   using Format = Format_;
   using Branch = Branch_;
   static constexpr int kTokens = Tokens_, kRowGroups = RowGroups_, kKGroups = KGroups_;
   static constexpr int kBricks = Bricks_, kStages = Stages_;
+  static constexpr int kPromoteColumns = PromoteColumns_, kCluster = Cluster_;
   static constexpr bool kPrefill = kTokens > 64;
+  // Prefill with long running sums: they rest in the workspace, and the branch comes first.
+  static constexpr bool kResting = kPrefill && kPromoteColumns > 512;
 
   static constexpr int kWarpgroups = kRowGroups * kKGroups, kThreads = kWarpgroups * 128 + 128;
-  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 240;
-  static constexpr int kOtherRegisters = kWarpgroups == 2 ? 24 : 32;
+  // Multicast takes registers of the producer.
+  static constexpr int kSpare = kCluster == 1 || (kWarpgroups == 4 && kTokens > 32) ? 0 : 32;
+  static constexpr int kConsumerRegisters =
+      (kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 240) - kSpare / kWarpgroups / 8 * 8;
+  static constexpr int kOtherRegisters =
+      (kWarpgroups == 2 ? 24 : 32) + kSpare / kWarpgroups / 8 * 8 * kWarpgroups;
 
   static constexpr int kStepBricks = kKGroups * kBricks;
   static constexpr int kTokenBrick = kTokens * 128, kBranchTokenBrick = kTokens * 64;
@@ -33,6 +40,14 @@ struct Tile {
   static constexpr int kBarriersAt = kScalesAt + kWarpgroups * kTokens * 8;
   static constexpr int kSharedBytes = kBarriersAt + kStages * 16 + 1024;  // 1024: alignment
   static_assert(kSharedBytes <= 232448, "stages do not fit in shared memory");
+
+  // All threads that may touch the barriers of this CTA: those of its cluster.
+  CUTLASS_DEVICE static void sync() {
+    if constexpr (kCluster > 1)
+      cute::cluster_arrive_relaxed(), cute::cluster_wait();
+    else
+      __syncthreads();
+  }
 };
 
 // Named barriers: 1.. one a warpgroup, 5.. the k groups of a row group have parts to add, 9.. those
@@ -49,20 +64,26 @@ struct Segment {
   int row_tile, token_tile, begin, end;  // steps [begin, end) of a tile
 };
 
+// CTAs of a cluster work in step on row tiles that follow one another, with the same tokens: each
+// fetches a part of those for all. What is handed out is the row tiles of a cluster.
 template <class T>
 struct Scheduler {
-  int steps, position, end, ctas, tiles;
+  int steps, position, end, cluster, clusters, row_tiles, tiles;
   bool split;
 
   CUTLASS_DEVICE Scheduler(Arguments const& args) {
     int const main = ceil_div(args.bricks, T::kStepBricks);
     steps = main + ceil_div(args.branch_bricks, T::kStepBricks);
-    ctas = gridDim.x, split = args.split, tiles = args.row_tiles * args.token_tiles;
-    position = split ? start_of(blockIdx.x) : blockIdx.x;
-    end = split ? start_of(blockIdx.x + 1) : tiles;
+    cluster = blockIdx.x / T::kCluster, clusters = gridDim.x / T::kCluster;
+    row_tiles = ceil_div(args.row_tiles, T::kCluster), tiles = row_tiles * args.token_tiles;
+    split = args.split;
+    position = split ? start_of(cluster) : cluster;
+    end = split ? start_of(cluster + 1) : tiles;
   }
 
-  CUTLASS_DEVICE int start_of(int cta) const { return tiles * steps * cta / ctas; }
+  CUTLASS_DEVICE static int rank() { return blockIdx.x % T::kCluster; }
+  CUTLASS_DEVICE static int cta_of(int cluster) { return cluster * T::kCluster + rank(); }
+  CUTLASS_DEVICE int start_of(int cluster) const { return tiles * steps * cluster / clusters; }
 
   CUTLASS_DEVICE bool next(Arguments const& args, Segment& segment) {
     if (position >= end) return false;
@@ -74,13 +95,14 @@ struct Scheduler {
       segment.end = min(steps, segment.begin + end - position);
       position += segment.end - segment.begin;
     } else {
-      position += ctas;
+      position += clusters;
     }
     // Groups of eight token tiles share the weights that pass through L2.
-    int const group = tile / (8 * args.row_tiles), rest = tile - group * 8 * args.row_tiles;
+    int const group = tile / (8 * row_tiles), rest = tile - group * 8 * row_tiles;
     int const width = min(8, args.token_tiles - group * 8);
     segment.row_tile = rest / width;
     segment.token_tile = group * 8 + rest - segment.row_tile * width;
+    segment.row_tile = cta_of(segment.row_tile);
     return true;
   }
 };
@@ -109,6 +131,7 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared) {
   uint64_t const stream = evict_first_policy(), keep = evict_last_policy();
   cutlass::arch::launch_dependent_grids();
   int const main = ceil_div(args.bricks, T::kStepBricks);
+  int const main_at = T::kResting ? args.branch_bricks : 0, branch_at = T::kResting ? 0 : main;
   int const row_stride = args.bricks + args.branch_bricks;
   // Under programmatic launch the previous kernel may still run: pass 0 fetches weights of the
   // first stages, which no kernel writes; everything else waits.
@@ -122,11 +145,12 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared) {
     while (scheduler.next(args, work)) {
       uint8_t const* tokens = args.tokens + work.token_tile * args.token_tile_bytes;
       int const row_block = work.row_tile * T::kRowGroups;
-      int const row_groups = min(T::kRowGroups, args.row_blocks - row_block);
+      int row_groups = min(T::kRowGroups, args.row_blocks - row_block);
+      if constexpr (T::kCluster > 1) row_groups = max(row_groups, 0);
       for (int step = work.begin; step < work.end; ++step, ++count, ring.advance<T::kStages>()) {
         if (pass == 0 && count == ahead) break;
-        bool const branch = step >= main;
-        int const first = (branch ? step - main : step) * T::kStepBricks;
+        bool const branch = T::kResting ? step < main_at : step >= main;
+        int const first = (branch ? step - branch_at : step - main_at) * T::kStepBricks;
         int const bricks = min(T::kStepBricks, (branch ? args.branch_bricks : args.bricks) - first);
         int const token_brick = branch ? T::kBranchTokenBrick : T::kTokenBrick;
         int const weight_bytes = bricks * T::Format::kBytes, token_bytes = bricks * token_brick;
@@ -140,20 +164,27 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared) {
         if (pass == 1) {
           size_t const at =
               (branch ? size_t(args.bricks) * T::kTokenBrick : 0) + size_t(first) * token_brick;
-          bulk_copy(smem, tokens + at, token_bytes, full, keep);
+          int const share = token_bytes / T::kCluster, from = Scheduler<T>::rank() * share;
+          bulk_copy<T::kCluster>(smem + from, tokens + at + from, share, full, keep);
         }
         if (!fetched) {
           uint8_t const* weights =
               args.weights + (size_t(row_block) * row_stride + (branch ? args.bricks : 0) + first) *
                                  T::Format::kBytes;
           for (int r = 0; r < row_groups; ++r) {
-            bulk_copy(smem + T::kWeightsAt + r * T::kStepBricks * T::Format::kBytes,
+            bulk_copy<1>(smem + T::kWeightsAt + r * T::kStepBricks * T::Format::kBytes,
                       weights + size_t(r) * row_stride * T::Format::kBytes, weight_bytes, full,
                       stream);
           }
         }
       }
       if (pass == 0 && count == ahead) break;
+    }
+    if constexpr (T::kCluster > 1) {  // others arrive at this CTA's barriers until all is read
+      if (pass == 0) continue;
+      for (int s = 0; s < T::kStages; ++s, ring.advance<T::kStages>()) {
+        shared.empty[ring.stage].wait(ring.phase ^ 1);
+      }
     }
   }
 }
@@ -176,9 +207,9 @@ CUTLASS_DEVICE void collect_partials(Arguments const& args) {
   Scheduler<T> const scheduler(args);
   int const tile_start = scheduler.end / scheduler.steps * scheduler.steps;
   if (scheduler.end == tile_start || tile_start < scheduler.position) return;  // ends with a tile
-  for (int q = blockIdx.x + 1 + threadIdx.x % 32;
-       q < scheduler.ctas && scheduler.start_of(q) < tile_start + scheduler.steps; q += 32) {
-    uint32_t* const flag = args.flags + q;
+  for (int q = scheduler.cluster + 1 + threadIdx.x % 32;
+       q < scheduler.clusters && scheduler.start_of(q) < tile_start + scheduler.steps; q += 32) {
+    uint32_t* const flag = args.flags + scheduler.cta_of(q);
     while (!load_flag(flag)) __nanosleep(40);
     *flag = 0;  // ready for the next launch
   }

@@ -7,21 +7,26 @@ measured on an H200 with `benchmarks/gemm.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
 
 from quantkit.kernels.prepare import ROWS
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Parameters of `Tile` in `sm90_gemm.cuh`: tokens, 64-row groups, groups along K that add up at
-    the end, bricks a group takes per pipeline stage, stages."""
+    """Parameters of `Tile` in `sm90_schedule.cuh`: tokens, 64-row groups, groups along K that add
+    up at the end, bricks a group takes per pipeline stage, stages, the columns after which running
+    sums move to FP32, and CTAs that fetch tokens for one another."""
 
     tokens: int
     row_groups: int
     k_groups: int
     bricks: int
     stages: int
+    promote: int = 512
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,19 @@ TILES = (
     Tile(64, 4, 1, 2, 4),
     Tile(256, 2, 1, 1, 4),
 )
+# Tiles that no plan takes yet: their results were checked by emulation, not on a GPU. Tokens come
+# by multicast, which halves what an SM reads from L2, the limit of prefill and of 64 tokens; the
+# sums of prefill stay in the tensor cores' registers for 4096 columns.
+CANDIDATES = (
+    Tile(16, 1, 4, 1, 8, 512, 2),
+    Tile(32, 1, 4, 1, 5, 512, 2),
+    Tile(64, 1, 4, 1, 3, 2048, 2),
+    Tile(64, 1, 4, 1, 3, 2048, 4),
+    Tile(64, 2, 2, 1, 5, 2048, 2),
+    Tile(64, 3, 1, 2, 5, 2048, 2),
+    Tile(256, 2, 1, 1, 4, 4096),
+    Tile(256, 2, 1, 1, 4, 4096, 2),
+)
 PREFILL = 192  # more tokens than this take the 256-token tile
 
 WEIGHT_STRUCTS = {"mxfp4": "Mxfp4<cutlass::float_e5m2_t>"}
@@ -60,27 +78,49 @@ def token_tile(tokens: int) -> int:
 
 def plan(outputs: int, width: int, tokens: int, sms: int = 132) -> Plan:
     """Choose tile and grid for N = `outputs`, K = `width`, M = `tokens` on `sms` SMs."""
-    blocks = -(-outputs // ROWS)
-    size = token_tile(tokens)
-    token_tiles = -(-tokens // size)
-    if size == 256:
-        tiles = -(-blocks // 2) * token_tiles
-        return Plan(_tile(256, 2), min(sms, tiles), False)
+    size, blocks = token_tile(tokens), -(-outputs // ROWS)
+    for tile in _trial:
+        if tile.tokens == size:
+            return plan_of(tile, outputs, width, tokens, sms)
     # More rows a CTA read the tokens less often; fewer rows divide better.
-    if size <= 16 or (blocks <= sms and not (size == 64 and blocks <= sms // 2)):
+    if size == 256:
+        rows = 2
+    elif size <= 16 or (blocks <= sms and size == 32):
         rows = 1
+    elif size == 32:
+        rows = 3 if blocks % 3 == 0 else 4
     elif blocks <= sms // 2:
         rows = 2
     else:
-        rows = 3 if blocks % 3 == 0 else 4
+        rows = 1 if blocks <= sms and width <= 8192 else 3
     deep = size == 16 and blocks * width > 128 * 12288
-    tile = _tile(size, rows, 2 if deep else None)
-    tiles = -(-blocks // rows) * token_tiles
-    rounds = -(-tiles // sms)
-    if tiles / (rounds * sms) >= 0.7:
-        return Plan(tile, -(-tiles // rounds), False)
+    return plan_of(_tile(size, rows, 2 if deep else None), outputs, width, tokens, sms)
+
+
+def plan_of(tile: Tile, outputs: int, width: int, tokens: int, sms: int = 132) -> Plan:
+    """The grid for a tile: whole tiles when they keep the SMs busy, else the split schedule."""
+    slots = sms // tile.cluster  # clusters at a time
+    tiles = -(-outputs // (ROWS * tile.row_groups * tile.cluster)) * -(-tokens // tile.tokens)
+    rounds = -(-tiles // slots)
+    if tile.tokens == 256:
+        return Plan(tile, min(slots, tiles) * tile.cluster, False)
+    if tiles / (rounds * slots) >= (0.7 if rounds == 1 else 0.9):
+        return Plan(tile, -(-tiles // rounds) * tile.cluster, False)
     steps = tiles * -(-width // (128 * tile.k_groups * tile.bricks))
-    return Plan(tile, min(sms - sms % 8, steps), True)
+    return Plan(tile, min((sms - sms % 8) // tile.cluster, steps) * tile.cluster, True)
+
+
+_trial: list[Tile] = []
+
+
+@contextmanager
+def trying(tile: Tile) -> Iterator[None]:
+    """Within it, plans for as many tokens as `tile` holds take `tile`: to time candidates."""
+    _trial.append(tile)
+    try:
+        yield
+    finally:
+        _trial.remove(tile)
 
 
 def _tile(tokens: int, rows: int, bricks: int | None = None) -> Tile:
@@ -91,10 +131,14 @@ def _tile(tokens: int, rows: int, bricks: int | None = None) -> Tile:
     )
 
 
+def careful(tile: Tile) -> Tile:
+    """The tile for FP32 results: running sums move to FP32 more often than 16 bits need."""
+    return replace(tile, promote=512) if tile.promote > 512 else tile
+
+
 def gemm_text(tile: Tile, weights: str, branch: str | None) -> str:
     """The source of one GEMM: an include and an instantiation."""
-    numbers = (tile.tokens, tile.row_groups, tile.k_groups, tile.bricks, tile.stages)
-    parts = (WEIGHT_STRUCTS[weights], BRANCH_STRUCTS[branch], *map(str, numbers))
+    parts = (WEIGHT_STRUCTS[weights], BRANCH_STRUCTS[branch], *map(str, astuple(tile)))
     return f'#include "sm90_gemm.cuh"\nQUANTKIT_SM90_GEMM(run, {", ".join(parts)})\n'
 
 

@@ -6,15 +6,18 @@ asynchronous work are checked; speed, registers and memory ordering need the GPU
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gemm
 from quantkit.errors import QuantkitError
 from quantkit.kernels import sm90, sm90_tiles
 from tests.kernels.test_sm90 import exact, layer, relative_error, work
@@ -104,6 +107,39 @@ def test_the_gemm_is_exact_up_to_its_sum(
     assert torch.equal(y.half(), module.multiply(*operands, torch.float16))
 
 
+@pytest.mark.parametrize(
+    ("width", "outputs", "branch", "tokens", "chosen"),
+    [
+        (1024, (256, 60), "bf16", 13, (16, 1, 2)),  # five row tiles in clusters of two
+        (2048, (704,), "fp8", 16, (16, 1, 2)),  # split tiles
+        (1024, (320,), None, 40, (64, 1, 4)),
+        (2496, (320,), "fp8", 270, (256, 2, 2)),  # sums rest in the workspace
+        (1472, (192,), "bf16", 300, (256, 2, 1)),
+    ],
+)
+def test_candidates_are_exact_up_to_their_sum(
+    emulator,
+    monkeypatch,
+    width: int,
+    outputs: tuple[int, ...],
+    branch: str | None,
+    tokens: int,
+    chosen: tuple[int, int, int],
+) -> None:
+    run_on(emulator, monkeypatch)
+    tiles = {(t.tokens, t.row_groups, t.cluster): t for t in sm90_tiles.CANDIDATES}
+    tile = replace(tiles[chosen], promote=min(tiles[chosen].promote, 1024))
+    monkeypatch.setattr(sm90_tiles, "careful", lambda tile: tile)
+    task = work(width, outputs, branch, 48 if branch else 0)
+    linears = layer(task)
+    module = sm90.ExactFoldLinear(task, linears)
+    x = inputs(tokens, width)
+    with sm90_tiles.trying(tile):
+        assert sm90_tiles.plan(sum(outputs), width, tokens, SMS).tile == tile
+        y = product(module, x)
+    assert relative_error(y, exact(task, linears, x)) <= EXACT
+
+
 def test_rows_of_wide_span_take_more_planes(emulator, monkeypatch) -> None:
     run_on(emulator, monkeypatch)
     task = work(512, (128,))
@@ -146,6 +182,41 @@ def test_swiglu_inside_the_activation_kernel(emulator, monkeypatch, branch: str 
     assert torch.equal(scales[:5], expected_scales[:5])
 
 
+def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
+    run_on(emulator, monkeypatch)
+    monkeypatch.setattr(
+        gemm.dispatch, "prepare", lambda site, work, linears, _: sm90.ExactFoldLinear(work, linears)
+    )
+    monkeypatch.setattr(gemm.bench, "COLD_BYTES", 0)
+    options = argparse.Namespace(
+        shapes=[(192, 512)], tokens=(3, 300), peers=["bf16"], candidates=True
+    )
+    launches = []
+
+    def timer(calls) -> float:
+        launches.append(sm90.OVERLAP)
+        for call in calls:
+            call()
+        return 2.0
+
+    found = {"device": "a CPU", "torch": "2", "bandwidth": 1e12}
+    with torch.inference_mode():
+        found["cells"] = list(gemm.cells(options, torch.device("cpu"), timer, 1e12))
+    assert [(c["tokens"], c["branch"]) for c in found["cells"]] == [
+        (3, None), (300, None), (3, "bf16"), (300, "bf16"), (3, "fp8"),
+    ]  # fmt: skip
+    assert all(cell["error"] < 2.5e-3 and cell["repeats"] for cell in found["cells"])
+    assert sm90.OVERLAP
+    assert False in launches
+    lines = gemm.as_table(found, gemm.markdown).splitlines()
+    assert len(lines) == 2 + 5
+    assert lines[2].startswith("| 192, 512 | 3 | none | - | 2.0 | 2.0 |")
+    tried = gemm.tried(found)
+    assert len(tried) == 4
+    differences = [us["difference"] for c in found["cells"] for us in c["candidates"].values()]
+    assert all(difference < 2e-3 for difference in differences)
+
+
 RELEASE = "      cute::warpgroup_wait<1>();\n      if (j == 0 && pending >= 0) release(pending);\n"
 FAULTS = {
     "a stage is given back while it is read": (
@@ -164,6 +235,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_noticed(fault: str, tmp_path: Path, monkeypatch) -> None:
     """The checks above would see a kernel that breaks its own protocol."""

@@ -25,6 +25,7 @@ def test_every_shape_has_a_plan_that_covers_it(shape, tokens, sms):
     assert plan.tile.tokens == sm90_tiles.token_tile(tokens)
     assert 1 <= plan.ctas <= sms
     blocks = ceil(shape[0] / 64)
+    assert plan.tile.cluster == 1
     tiles = ceil(blocks / plan.tile.row_groups) * ceil(tokens / plan.tile.tokens)
     steps = tiles * ceil(shape[1] / (128 * plan.tile.bricks * plan.tile.k_groups))
     assert plan.ctas <= (steps if plan.split else tiles)
@@ -37,6 +38,18 @@ def test_tiles_that_divide_are_not_split():
     )
     assert sm90_tiles.plan(6144, 4096, 1).ctas == 96
     assert sm90_tiles.plan(4096, 12288, 1).split
+
+
+def test_a_candidate_runs_on_whole_clusters_and_no_plan_takes_it():
+    for tile in sm90_tiles.CANDIDATES:
+        assert tile not in sm90_tiles.TILES
+        for shape in SHAPES:
+            plan = sm90_tiles.plan_of(tile, *shape, tile.tokens)
+            assert plan.ctas % tile.cluster == 0
+            assert 0 < plan.ctas <= 132
+        with sm90_tiles.trying(tile):
+            assert sm90_tiles.plan(6144, 4096, tile.tokens).tile == tile
+        assert sm90_tiles.plan(6144, 4096, tile.tokens).tile in sm90_tiles.TILES
 
 
 def test_a_tile_is_one_line_and_no_two_are_alike():
@@ -150,7 +163,7 @@ def test_a_gemm_compiles_without_spills_or_serialized_wgmma(built):
 
 @pytest.mark.slow
 def test_every_tile_compiles_without_serialized_wgmma(built):
-    for tile in sm90_tiles.TILES:
+    for tile in (*sm90_tiles.TILES, *sm90_tiles.CANDIDATES):
         log = built(sm90_tiles.gemm_text(tile, "mxfp4", "fp8"))
         assert "C75" not in log
         spilled = int(log.split(" bytes spill stores")[0].split()[-1])

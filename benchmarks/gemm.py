@@ -1,0 +1,221 @@
+"""Every GEMM figure in one run: decode, branches, prefill, chain, against torch's FP8 and bfloat16.
+
+    python benchmarks/gemm.py --json gemm.json --markdown gemm.md
+
+One NVIDIA GPU for which quantkit has an MXFP4 kernel. A time is microseconds a call in a CUDA graph
+of calls on weights that are cold in L2 (see quantkit.kernels.bench). `plain` launches follow one
+another as torch's do; `overlapped` ones start while the kernel before ends, as they do in a model.
+Ratios are the best of torch's FP8 variants, launched plainly, over ours. `error` is relative to the
+float32 reference on the same packed numbers. Every cell is launched twice and must give equal bits.
+
+`--candidates` also times the Hopper tiles that no plan takes yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit import console
+from quantkit.errors import QuantkitError
+from quantkit.kernels import bench, dispatch, reference, sm90, sm90_tiles
+from quantkit.pack.scheme import SiteFormat
+
+BRANCHES = ((None, 0), ("bf16", 32), ("fp8", 64))  # branch, one outlier channel of so many
+ERROR_ROWS = 512  # outputs of each linear that are compared with the reference
+
+
+def cells(
+    options: argparse.Namespace, device: torch.device, timer: bench.Timer, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """One dictionary a shape, branch and number of tokens."""
+    for outputs, width in options.shapes:
+        peers = {name: bench.PEERS[name](outputs, width, device) for name in options.peers}
+        peer_times: dict[int, dict[str, dict[str, float]]] = {}
+        for branch, group in BRANCHES:
+            asked = bench.Options(branch=branch, group=group or 32)
+            work, tensors = bench.packed_linear(asked, outputs, width, device)
+            prepared: Any = dispatch.prepare(f"{outputs}x{width} {branch}", work, [tensors], device)
+            if prepared is None:
+                raise QuantkitError(f"no kernel to time: {dispatch.choose(work, device).reason}")
+            own_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            modules = bench.copies(prepared, own_bytes)
+            for tokens in options.tokens:
+                if branch == "fp8" and tokens > sm90_tiles.PREFILL:
+                    continue
+                x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+                if tokens not in peer_times:
+                    peer_times[tokens] = {n: calls(x, timer) for n, calls in peers.items()}
+                moved = own_bytes + 2 * tokens * (width + outputs)
+                yield {
+                    "outputs": outputs,
+                    "width": width,
+                    "tokens": tokens,
+                    "branch": branch,
+                    "group": group,
+                    "kernel": dispatch.choose(work, device).name,
+                    "us": times(modules, x, timer),
+                    "roofline_us": moved / bandwidth * 1e6,
+                    "peers": peer_times[tokens],
+                    "candidates": dict(candidates(modules, x, timer)) if options.candidates else {},
+                    **correctness(prepared, work, tensors, x),
+                }
+            del prepared, modules, tensors
+            gc.collect()
+
+
+def times(modules: list[Any], x: Tensor, timer: bench.Timer) -> dict[str, float]:
+    """The GEMM alone, launched plainly and overlapped, and after its activation kernel."""
+    operands = modules[0].quantize(x)
+    products = [partial(module.multiply, *operands) for module in modules]
+    found = {"overlapped": timer(products), "chain": timer([partial(m, x) for m in modules])}
+    sm90.OVERLAP = False
+    try:
+        found["plain"] = timer(products)
+    finally:
+        sm90.OVERLAP = True
+    return found
+
+
+def candidates(
+    modules: list[Any], x: Tensor, timer: bench.Timer
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Times of tiles that no plan takes, and whether they give what the planned tile gives."""
+    expected = modules[0](x)
+    for tile in sm90_tiles.CANDIDATES:
+        if tile.tokens != sm90_tiles.token_tile(len(x)):
+            continue
+        with sm90_tiles.trying(tile):
+            try:
+                y = modules[0](x)
+                found = times(modules, x, timer)
+            except QuantkitError as error:
+                console.note(f"{tile}: {error.message}")
+                continue
+        difference = (y.float() - expected.float()).norm() / expected.float().norm()
+        yield str(tile), {**found, "difference": float(difference)}
+
+
+def correctness(
+    module: Any, work: dispatch.Work, tensors: dict[str, Tensor], x: Tensor
+) -> dict[str, Any]:
+    """Relative error against the reference on some outputs, and whether a repeat gives the same."""
+    y = module(x)
+    rows = slice(0, ERROR_ROWS)
+    some = {n: t if n == "outlier_index" else t[rows] for n, t in tensors.items()}
+    fmt = SiteFormat("mxfp4", "mxfp4", work.branch, 32, work.outliers)
+    expected = reference.packed_linear(x.float(), some, fmt, work.rule)
+    error = (y[:, rows].float() - expected).norm() / expected.norm()
+    return {"error": float(error), "repeats": bool(torch.equal(y, module(x)))}
+
+
+def ratio(cell: dict[str, Any], ours: str, peer: str = "fp8", theirs: str = "gemm") -> str:
+    """The peer's time over ours."""
+    times = cell["peers"].get(peer)
+    return f"{times[theirs] / cell['us'][ours]:.2f}" if times else "-"
+
+
+def as_table(found: dict[str, Any], layout: Any) -> str:
+    """`layout(headers, rows)` of every cell."""
+    headers = ["N, K", "M", "branch", "FP8 us", "plain us", "overlapped us", "x plain"]
+    headers += ["x overlapped", "roofline", "chain us", "x chain", "x bf16", "error"]
+    rows = []
+    for cell in found["cells"]:
+        us, fp8 = cell["us"], cell["peers"].get("fp8")
+        share = cell["roofline_us"] / us["plain"]
+        rows.append(
+            [
+                f"{cell['outputs']}, {cell['width']}",
+                cell["tokens"],
+                f"{cell['branch']} 1/{cell['group']}" if cell["branch"] else "none",
+                f"{fp8['gemm']:.1f}" if fp8 else "-",
+                f"{us['plain']:.1f}",
+                f"{us['overlapped']:.1f}",
+                ratio(cell, "plain"),
+                ratio(cell, "overlapped"),
+                f"{100 * share:.0f}%" if cell["tokens"] <= sm90_tiles.PREFILL else "-",
+                f"{us['chain']:.1f}",
+                ratio(cell, "chain", theirs="chain"),
+                ratio(cell, "plain", "bf16"),
+                f"{cell['error']:.1e}" + ("" if cell["repeats"] else " not repeatable"),
+            ]
+        )
+    return layout(headers, rows)
+
+
+def tried(found: dict[str, Any]) -> list[str]:
+    """A line for each candidate: its time over that of the planned tile."""
+    lines = []
+    for cell in found["cells"]:
+        for tile, us in cell["candidates"].items():
+            lines.append(
+                f"{cell['outputs']}, {cell['width']}, M {cell['tokens']}, {cell['branch']}: {tile} "
+                f"{us['plain']:.1f} us, {us['overlapped']:.1f} overlapped "
+                f"(planned {cell['us']['plain']:.1f}, {cell['us']['overlapped']:.1f}), "
+                f"difference {us['difference']:.1e}"
+            )
+    return lines
+
+
+def markdown(headers: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def title(found: dict[str, Any]) -> str:
+    """Where and against what."""
+    return (
+        f"{found['device']}, torch {found['torch']}, MXFP4 x MXFP4, copies at "
+        f"{found['bandwidth'] / 1e12:.2f} TB/s"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    numbers = lambda text: tuple(int(part) for part in text.split(","))  # noqa: E731
+    parser.add_argument("--shape", type=numbers, action="append", dest="shapes", metavar="N,K")
+    parser.add_argument("--tokens", type=numbers, default=(1, 8, 16, 32, 64, 2048, 8192))
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=["fp8", "bf16"])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--candidates", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    options.shapes = options.shapes or bench.SHAPES
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU")
+    device = torch.device("cuda", torch.cuda.current_device())
+    timer: bench.Timer = lambda calls: bench.graph_time(calls, options.repeats)  # noqa: E731
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "bandwidth": bench.copy_bandwidth(timer, device),
+        "cells": [],
+    }
+    with torch.inference_mode():
+        for cell in cells(options, device, timer, found["bandwidth"]):
+            found["cells"].append(cell)
+            console.note(
+                f"{cell['outputs']}, {cell['width']}, M {cell['tokens']}, {cell['branch']}: "
+                f"{cell['us']['plain']:.1f} us, x{ratio(cell, 'plain')} of FP8"
+            )
+            if options.json:  # what is there so far outlives an interruption
+                options.json.write_text(json.dumps(found, indent=2) + "\n")
+    if options.markdown:
+        text = f"{title(found)}\n\n{as_table(found, markdown)}\n"
+        options.markdown.write_text(text)
+    print(f"{title(found)}\n\n{as_table(found, console.table)}", *tried(found), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
