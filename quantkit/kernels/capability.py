@@ -21,6 +21,7 @@ class Kernel:
     module: str  # quantkit.kernels.<module>
     nvcc: tuple[int, int]  # the oldest compiler that knows the instructions
     ran: bool  # whether its results were checked on that hardware
+    untried: bool = False  # taken only under QUANTKIT_KERNEL=untried
 
 
 def _blackwell(gpu: str, capability: tuple[int, int], weights: str, activations: str) -> Kernel:
@@ -34,6 +35,21 @@ def _blackwell(gpu: str, capability: tuple[int, int], weights: str, activations:
         module="sm1xx_blockscaled",
         nvcc=(12, 8),
         ran=False,
+    )
+
+
+def _hopper_bf16(weights: str, activations: str) -> Kernel:
+    return Kernel(
+        name="sm90 bf16",
+        capability=(9, 0),
+        arch="sm_90a",
+        weights=weights,
+        activations=activations,
+        branches=(None,),
+        module="sm90_wide",
+        nvcc=(12, 3),
+        ran=False,
+        untried=True,
     )
 
 
@@ -57,6 +73,8 @@ KERNELS: tuple[Kernel, ...] = (
         nvcc=(12, 3),
         ran=True,
     ),
+    _hopper_bf16("nvfp4", "nvfp4"),
+    _hopper_bf16("mxfp4", "mxfp8"),
 )
 
 GPUS = {(9, 0): "Hopper (H100, H200)", (10, 0): "Blackwell (B200)", (12, 0): "Blackwell (RTX)"}
@@ -71,11 +89,16 @@ PAIRS = (
 
 
 def find(
-    weights: str, activations: str, branch: str | None, capability: tuple[int, int] | None
+    weights: str,
+    activations: str,
+    branch: str | None,
+    capability: tuple[int, int] | None,
+    untried: bool = False,
 ) -> Kernel | str:
     """Return the kernel for a site's formats on a GPU, or why there is none.
 
-    `capability` is the GPU's compute capability, None without a GPU.
+    `capability` is the GPU's compute capability, None without a GPU. Kernels marked `untried` are
+    taken when the argument says so.
     """
     if capability is None:
         return "no CUDA device"
@@ -88,5 +111,10 @@ def find(
         return f"no {weights} x {activations} kernel for {gpu}"
     for row in rows:
         if branch in row.branches:
+            if row.untried and not untried:
+                return (
+                    f"the {weights} x {activations} kernel for {gpu} has only been emulated "
+                    "(QUANTKIT_KERNEL=untried takes it)"
+                )
             return row
     return f"{rows[0].name} has no {branch} branch"

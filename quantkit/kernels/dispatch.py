@@ -66,18 +66,20 @@ _said: set[str] = set()
 def choose(work: Work, device: torch.device) -> Choice:
     """Return the kernel for `work` on `device`; compiles nothing and says nothing.
 
-    `QUANTKIT_KERNEL=reference` forces the reference; any other value but `auto` is a UsageError.
+    `QUANTKIT_KERNEL=reference` forces the reference, `untried` takes kernels that have only been
+    emulated as well; any other value but `auto` is a UsageError.
     """
     wanted = os.environ.get("QUANTKIT_KERNEL", "auto")
     if wanted == REFERENCE:
         return Choice(None, "QUANTKIT_KERNEL=reference")
-    if wanted != "auto":
+    if wanted not in ("auto", "untried"):
         raise UsageError(
-            f"QUANTKIT_KERNEL={wanted!r} names no kernel", "set it to auto or reference"
+            f"QUANTKIT_KERNEL={wanted!r} names no kernel", "set it to auto, reference or untried"
         )
     if work.dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"kernels compute in bfloat16 and float16, not {work.dtype}")
-    found = find(work.weights, work.activations, work.branch, capability(device))
+    gpu = capability(device)
+    found = find(work.weights, work.activations, work.branch, gpu, wanted == "untried")
     if isinstance(found, str):
         return Choice(None, found)
     reason = _module(found).refuse(found, work)

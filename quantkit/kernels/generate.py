@@ -115,4 +115,14 @@ def _hopper_sources(kernel: Kernel) -> Iterator[Source]:
             yield Source(text, "sm90_gemm", kernel.arch)
 
 
-_FAMILIES = {"sm1xx_blockscaled": _blockscaled_sources, "sm90": _hopper_sources}
+def _hopper_bf16_sources(kernel: Kernel) -> Iterator[Source]:
+    for tile in sm90_tiles.TILES:
+        text = sm90_tiles.gemm_text(tile, "fp4 in bf16", None)
+        yield Source(text, "sm90_gemm", kernel.arch)
+
+
+_FAMILIES = {
+    "sm1xx_blockscaled": _blockscaled_sources,
+    "sm90": _hopper_sources,
+    "sm90_wide": _hopper_bf16_sources,
+}

@@ -296,7 +296,7 @@ def gemm(
     partials, flags = _workspace(tokens)
     if tile.tokens == 256 and width > tile.promote > 512:  # where the sums of a tile rest
         partials = tokens.new_empty(plan.ctas * tile.row_groups * ROWS * 256, dtype=torch.float32)
-    bricks = -(-width // COLUMNS)
+    bricks = -(-width // sm90_tiles.BRICK_COLUMNS[form])
     args = GemmArguments(
         weights=weights.data_ptr(),
         tokens=tokens.data_ptr(),

@@ -88,7 +88,14 @@ CUTLASS_DEVICE uint32_t load_flag(uint32_t const* flag) {
   return v;
 }
 
-// ---- FP8 codes
+// ---- 16- and 8-bit numbers
+
+// Two products of bfloat16; subnormals count.
+CUTLASS_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t v;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+  return v;
+}
 
 CUTLASS_DEVICE uint16_t to_e5m2x2(float low, float high) {
   uint16_t pair;

@@ -53,6 +53,46 @@ struct Mxfp4 {
   }
 };
 
+// E2M1 codes under a bfloat16 scale of 16 columns, decoded to bfloat16: NVFP4, and MXFP4 beside
+// activations that FP8 cannot hold exactly. 64 rows x 64 columns. [thread][k-step][4 B of codes],
+// then [warp][g][row g, row g + 8][k-step]: scales. A word has the magnitudes of row g's codes for
+// columns 2t, 2t+1, 8+2t, 8+2t+1 in bits 0-2 of its nibbles, then those of row g + 8. The signs of
+// the four registers' two values are bits 15 and 31, 11 and 27, 7 and 23, 3 and 19.
+struct Fp4InBf16 {
+  using Weight = cutlass::bfloat16_t;
+  using Token = cutlass::bfloat16_t;
+  static constexpr int kStepElements = 16;
+  static constexpr int kBytes = 64 * 64 / 2 + 64 * 4 * 2;
+  static constexpr bool kNarrowSum = false;
+
+  CUTLASS_DEVICE static void decode(uint32_t (&a)[4][4], uint32_t brick, int thread) {
+    uint4 const codes = load_shared_128(brick + thread * 16);
+    uint4 const scales = load_shared_128(brick + 2048 + (thread >> 2) * 16);
+    uint32_t const words[4] = {codes.x, codes.y, codes.z, codes.w};
+    uint32_t const upper[2] = {scales.x, scales.y}, lower[2] = {scales.z, scales.w};
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t const which = s % 2 ? 0x3232 : 0x1010;
+      uint32_t const of_row = __byte_perm(upper[s / 2], 0, which);
+      uint32_t const of_row_8 = __byte_perm(lower[s / 2], 0, which);
+      uint32_t const select = words[s] & 0x77777777u;
+      expand(words[s], select, 0, of_row, a[s][0], a[s][2]);
+      expand(words[s], select >> 16, 8, of_row_8, a[s][1], a[s][3]);
+    }
+  }
+
+ private:
+  // 0, 0.5, 1, 1.5, 2, 3, 4, 6 by their bfloat16 bytes; signs move left by `shift` and 4 more.
+  CUTLASS_DEVICE static void expand(uint32_t word, uint32_t select, int shift, uint32_t scale,
+                                    uint32_t& first, uint32_t& second) {
+    uint32_t const low = __byte_perm(0xC0800000u, 0xC0804000u, select);
+    uint32_t const high = __byte_perm(0x3F3F3F00u, 0x40404040u, select);
+    uint32_t const one = __byte_perm(low, high, 0x5140), two = __byte_perm(low, high, 0x7362);
+    first = multiply_bf16x2(one | ((word << shift) & 0x80008000u), scale);
+    second = multiply_bf16x2(two | ((word << (shift + 4)) & 0x80008000u), scale);
+  }
+};
+
 // The branch: outlier columns kept in 16 or 8 bits, in fragment order, two k-steps a brick (padded
 // to the stride of the main bricks). Tokens come 64 bytes a token.
 struct NoBranch {

@@ -79,7 +79,7 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
       if (partners) {
         int const tile_end = (scheduler.end / scheduler.steps + 1) * scheduler.steps;
         barrier_sync(kPartners, kRowThreads);
-        for (int q = scheduler.cluster + 1;
+        for (int q = scheduler.cluster() + 1;
              q < scheduler.clusters && scheduler.start_of(q) < tile_end; ++q) {
           Epilogue::add_partial(
               Epilogue::partial(args, scheduler.cta_of(q), T::kRowGroups, row_group, thread), sum);

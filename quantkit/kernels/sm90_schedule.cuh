@@ -68,19 +68,22 @@ struct Segment {
 // fetches a part of those for all. What is handed out is the row tiles of a cluster.
 template <class T>
 struct Scheduler {
-  int steps, position, end, cluster, clusters, row_tiles, tiles;
+  int steps, position, end, clusters, tiles;
   bool split;
 
   CUTLASS_DEVICE Scheduler(Arguments const& args) {
     int const main = ceil_div(args.bricks, T::kStepBricks);
     steps = main + ceil_div(args.branch_bricks, T::kStepBricks);
-    cluster = blockIdx.x / T::kCluster, clusters = gridDim.x / T::kCluster;
-    row_tiles = ceil_div(args.row_tiles, T::kCluster), tiles = row_tiles * args.token_tiles;
-    split = args.split;
-    position = split ? start_of(cluster) : cluster;
-    end = split ? start_of(cluster + 1) : tiles;
+    clusters = gridDim.x / T::kCluster, split = args.split;
+    tiles = row_tiles(args) * args.token_tiles;
+    position = split ? start_of(cluster()) : cluster();
+    end = split ? start_of(cluster() + 1) : tiles;
   }
 
+  CUTLASS_DEVICE static int row_tiles(Arguments const& args) {
+    return ceil_div(args.row_tiles, T::kCluster);
+  }
+  CUTLASS_DEVICE static int cluster() { return blockIdx.x / T::kCluster; }
   CUTLASS_DEVICE static int rank() { return blockIdx.x % T::kCluster; }
   CUTLASS_DEVICE static int cta_of(int cluster) { return cluster * T::kCluster + rank(); }
   CUTLASS_DEVICE int start_of(int cluster) const { return tiles * steps * cluster / clusters; }
@@ -98,7 +101,7 @@ struct Scheduler {
       position += clusters;
     }
     // Groups of eight token tiles share the weights that pass through L2.
-    int const group = tile / (8 * row_tiles), rest = tile - group * 8 * row_tiles;
+    int const group = tile / (8 * row_tiles(args)), rest = tile - group * 8 * row_tiles(args);
     int const width = min(8, args.token_tiles - group * 8);
     segment.row_tile = rest / width;
     segment.token_tile = group * 8 + rest - segment.row_tile * width;
@@ -207,7 +210,7 @@ CUTLASS_DEVICE void collect_partials(Arguments const& args) {
   Scheduler<T> const scheduler(args);
   int const tile_start = scheduler.end / scheduler.steps * scheduler.steps;
   if (scheduler.end == tile_start || tile_start < scheduler.position) return;  // ends with a tile
-  for (int q = scheduler.cluster + 1 + threadIdx.x % 32;
+  for (int q = scheduler.cluster() + 1 + threadIdx.x % 32;
        q < scheduler.clusters && scheduler.start_of(q) < tile_start + scheduler.steps; q += 32) {
     uint32_t* const flag = args.flags + scheduler.cta_of(q);
     while (!load_flag(flag)) __nanosleep(40);

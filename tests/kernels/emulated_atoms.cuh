@@ -116,6 +116,15 @@ inline uint16_t to_e5m2x2(float low, float high) {
 }
 inline uint8_t to_e4m3(float v) { return encode_fp8(v, 3, 7, 448, 0x7F); }
 
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t v = 0;
+  for (int half = 0; half < 32; half += 16) {
+    float const x = __uint_as_float((a >> half) << 16), y = __uint_as_float((b >> half) << 16);
+    v |= uint32_t(__float2bfloat16_rn(x * y).bits) << half;
+  }
+  return v;
+}
+
 // ---- barriers in shared memory, eight bytes as there
 
 struct ClusterTransactionBarrier {

@@ -19,7 +19,9 @@ import torch
 
 from benchmarks import gemm
 from quantkit.errors import QuantkitError
-from quantkit.kernels import sm90, sm90_tiles
+from quantkit.formats import mxfp4, nvfp4
+from quantkit.kernels import dispatch, reference, sm90, sm90_tiles, sm90_wide
+from quantkit.pack.scheme import SiteFormat
 from tests.kernels.test_sm90 import exact, layer, relative_error, work
 
 SMS = 8
@@ -180,6 +182,57 @@ def test_swiglu_inside_the_activation_kernel(emulator, monkeypatch, branch: str 
     tiles, expected = (t[:, blocks].reshape(5, 8, 128)[:, :5] for t in (tiles, expected))
     assert (tiles != expected).sum() <= rows / 500
     assert torch.equal(scales[:5], expected_scales[:5])
+
+
+def wide_layer(weights: str, activations: str, outputs: int, width: int, seed: int = 0):
+    """A packed linear without a branch, and the exact product of its operands."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, width, generator=generator)
+    weight *= torch.exp2(
+        3 * torch.randn(outputs, width // 32, generator=generator)
+    ).repeat_interleave(32, 1)
+    weight[:, 32:48], weight[1] = 0, 0
+    tensors = {"bias": torch.randn(outputs, generator=generator).bfloat16()}
+    if weights == "nvfp4":
+        names = ("weight_packed", "weight_scale", "weight_global_scale")
+        tensors |= dict(zip(names, nvfp4.quantize(weight), strict=True))
+        tensors["input_global_scale"] = torch.tensor([37.5])
+    else:
+        names = ("weight_packed", "weight_scale")
+        tensors |= dict(zip(names, mxfp4.quantize(weight, "even"), strict=True))
+    fmt = SiteFormat(weights, activations)
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        divisor = tensors.get("input_global_scale")
+        operand = reference.quantize_activations(x.float(), activations, "even", divisor)
+        decoded = reference.dequantized_weight(tensors, fmt)
+        return operand.double() @ decoded.double().T + tensors["bias"].double()
+
+    return tensors, expected
+
+
+@pytest.mark.parametrize("formats", [("nvfp4", "nvfp4"), ("mxfp4", "mxfp8")])
+@pytest.mark.parametrize(
+    ("width", "outputs", "tokens"), [(512, (128, 60), 5), (1120, (192,), 16), (672, (320,), 270)]
+)
+def test_fp4_in_bfloat16_is_exact_up_to_its_sum(
+    emulator,
+    monkeypatch,
+    formats: tuple[str, str],
+    width: int,
+    outputs: tuple[int, ...],
+    tokens: int,
+) -> None:
+    run_on(emulator, monkeypatch)
+    task = dispatch.Work(*formats, None, "even", None, width, outputs)
+    site = [wide_layer(*formats, n, width, seed) for seed, n in enumerate(outputs)]
+    module = sm90_wide.WideLinear(task, [tensors for tensors, _ in site])
+    x = inputs(tokens, width)
+    operands = module.quantize(x)
+    y = module.multiply(*operands, torch.float32)
+    assert relative_error(y, torch.cat([expected(x) for _, expected in site], 1)) <= EXACT
+    assert torch.equal(y, module.multiply(*operands, torch.float32))
+    assert torch.equal(y.bfloat16(), module(x))
 
 
 def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:

@@ -170,6 +170,13 @@ def test_every_tile_compiles_without_serialized_wgmma(built):
         assert spilled <= 64, tile  # outside the main loop
 
 
+def test_fp4_in_bfloat16_compiles_without_spills_or_serialized_wgmma(built):
+    tile = sm90_tiles.plan(4096, 12288, 16).tile
+    log = built(sm90_tiles.gemm_text(tile, "fp4 in bf16", None))
+    assert "C75" not in log
+    assert " 0 bytes spill stores" in log
+
+
 def test_streams_take_workspaces_made_before_any_capture(monkeypatch):
     made, stream = [], [11]
     monkeypatch.setattr(sm90, "_spare", {})
