@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from quantkit import __version__, cli
 from tests import workspace as workspaces
@@ -93,6 +95,12 @@ def test_every_example_of_the_help_works(
     assert what in " ".join(shell(verb, "--help").out.split())
     if verb == "demo" and not arguments:
         pytest.skip("fetches a model")
+    if verb == "bench" and not torch.cuda.is_available():
+        pytest.skip("times a GPU")
+    if "model-pickled" in arguments:
+        pickled = workspaces.copy(workspace.path / "model", workspace.path / "model-pickled").path
+        torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+        (pickled / "model.safetensors").unlink()
     for name in ("model-smoothed", "model-rotated"):  # outputs that some examples begin with
         if name in arguments:
             workspaces.copy(workspace.path / "model-calibrated", workspace.path / name)
@@ -241,6 +249,16 @@ def test_no_color_is_honoured(workspace: Workspace) -> None:
     )
     assert done.returncode == 0
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", done.stdout)  # bold may stay, colours not
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "plan", "pack", "eval", "diagnose"])
+def test_a_dry_run_says_how_long_and_how_much_memory(
+    verb: str, workspace: Workspace, shell: Shell
+) -> None:
+    done = shell(*STEPS[verb], "--dry-run", "--json", *_overwrite(verb))
+    found = json.loads(done.out)
+    assert found["seconds"] > 0
+    assert found["peak_memory_bytes"] > 0
 
 
 def _overwrite(verb: str) -> tuple[str, ...]:

@@ -11,6 +11,11 @@ from quantkit import console
 from quantkit.commands.common import Json, show
 from quantkit.errors import UsageError
 
+EXAMPLES = (
+    ("quantkit bench --shape 4096,12288 --tokens 1,16", "one linear of an 8B model"),
+    ("quantkit bench --format nvfp4 --branch fp8", "NVFP4 with a branch, five shapes"),
+)
+
 
 def run(
     shape: Annotated[

@@ -19,6 +19,8 @@ from quantkit.commands.common import (
     target_of,
 )
 
+EXAMPLES = (("quantkit convert model-pickled", "model-pickled-safetensors/ beside it"),)
+
 
 def run(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder with pickled weights.")],

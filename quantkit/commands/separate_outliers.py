@@ -9,6 +9,7 @@ import typer
 from quantkit import console
 from quantkit.commands.common import (
     Checkpoint,
+    DryRun,
     Json,
     Output,
     Overwrite,
@@ -45,6 +46,7 @@ def run(
     output: Output = None,
     overwrite: Overwrite = False,
     restart: Restart = False,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -53,15 +55,23 @@ def run(
     Prints how strongly outliers cluster in few channels, by kind of site. The weights stay as
     they are; `pack` separates.
     """
-    from quantkit.outliers.separate import separate_outliers
+    from quantkit.outliers.separate import preview, separate_outliers
 
     show(json, quiet)
+    target = target_of(output, overwrite, restart)
+    if dry_run:
+        console.result(
+            *preview(
+                checkpoint,
+                target,
+                group=group,
+                criterion=criterion,
+                data=data,
+                samples=samples,
+            )
+        )
+        return
     done = separate_outliers(
-        checkpoint,
-        target_of(output, overwrite, restart),
-        group=group,
-        criterion=criterion,
-        data=data,
-        samples=samples,
+        checkpoint, target, group=group, criterion=criterion, data=data, samples=samples
     )
     console.result(done.as_json(), done.as_text(), str(done.output))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from quantkit import console
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.step import Target, begin_step, open_source
+from quantkit.checkpoint.step import Target, begin_step, open_source, output_of, peak_memory
 from quantkit.errors import InputRejected, UsageError
 from quantkit.model.families import describe
 from quantkit.model.sites import KINDS, ModelLayout, Site
 from quantkit.outliers import score
 from quantkit.outliers.choose import choose
 from quantkit.outliers.plan import FILE, Plan
+
+if TYPE_CHECKING:
+    from quantkit.data.tokens import TokenBatch
 
 GROUPS = (32, 64, 128)
 # Tiers of the OSC paper by clustering density: what it does with a kind of linear.
@@ -100,14 +104,7 @@ def separate_outliers(
     calibration). Raises UsageError for unknown options, InputRejected for missing or stale
     statistics.
     """
-    if group not in GROUPS:
-        raise UsageError(f"--group {group}: one of {', '.join(map(str, GROUPS))}")
-    if criterion not in score.CRITERIA:
-        raise UsageError(f"--criterion {criterion}: one of {', '.join(score.CRITERIA)}")
-    source = open_source(checkpoint)
-    if "quantization_config" in source.config:
-        raise InputRejected(f"{source.path}: is packed already", "separate before packing")
-    layout = describe(source.config, source.tensors)
+    source, layout = _opened(checkpoint, group, criterion)
     options = {"group": group, "criterion": criterion}
     with begin_step(
         "separate-outliers", source, options=options, suffix="separated", target=target
@@ -124,6 +121,63 @@ def separate_outliers(
     return result
 
 
+def _opened(
+    checkpoint: str | Path | None, group: int, criterion: str
+) -> tuple[Checkpoint, ModelLayout]:
+    if group not in GROUPS:
+        raise UsageError(f"--group {group}: one of {', '.join(map(str, GROUPS))}")
+    if criterion not in score.CRITERIA:
+        raise UsageError(f"--criterion {criterion}: one of {', '.join(score.CRITERIA)}")
+    source = open_source(checkpoint)
+    if "quantization_config" in source.config:
+        raise InputRejected(f"{source.path}: is packed already", "separate before packing")
+    return source, describe(source.config, source.tensors)
+
+
+def preview(
+    checkpoint: str | Path | None,
+    target: Target,
+    *,
+    group: int = 32,
+    criterion: str = "mode",
+    data: str | None = None,
+    samples: int = 8,
+) -> tuple[dict[str, Any], str]:
+    """What the step would do and take, from one block (and one window): JSON and text."""
+    source, layout = _opened(checkpoint, group, criterion)
+    output = output_of(source, "separated", target)
+    sites, memory = layout.layer_sites(0), 0
+    started = time.perf_counter()
+    if criterion == "error":
+        tokens, one = _text(source, data, samples), replace(layout, n_layers=1, sites=sites)
+        memory = tokens.ids.numel() * layout.hidden * 2 + 4 * max(s.width for s in sites) * len(
+            tokens.ids[0]
+        )
+        _errors(source, one, tokens.ids[:1])  # the first time something is imported
+        started = time.perf_counter()
+        _errors(source, one, tokens.ids[:1])
+        seconds = (time.perf_counter() - started) * layout.n_layers * len(tokens.ids)
+    else:
+        choose(source, sites, group=group, criterion=criterion)
+        seconds = (time.perf_counter() - started) * layout.n_layers
+    widths = sum(site.width for site in layout.sites)
+    found: dict[str, Any] = {
+        "output": str(output),
+        "sites": len(layout.sites),
+        "most_channels": sum(-(-site.width // group) for site in layout.sites),
+        "of_channels": widths,
+        "unmatched": list(layout.unmatched),
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak_memory() + memory,
+    }
+    return found, (
+        f"{found['sites']} sites: at most {found['most_channels']} of {widths} channels, by "
+        f"{criterion} in groups of {group}\nabout {seconds:.0f} s and "
+        f"{found['peak_memory_bytes'] / 1e9:.2f} GB of memory; the weights stay as they are\n"
+        f"would write {output / FILE}"
+    )
+
+
 def measure_errors(
     source: Checkpoint, layout: ModelLayout, data: str | None, samples: int
 ) -> dict[str, Tensor]:
@@ -131,8 +185,13 @@ def measure_errors(
 
     Float64 [channels] by site key; zeros for an expert that saw no token.
     """
+    tokens = _text(source, data, samples)
+    console.note(f"data: {tokens.description}")
+    return _errors(source, layout, tokens.ids)
+
+
+def _text(source: Checkpoint, data: str | None, samples: int) -> TokenBatch:
     from quantkit.data.tokens import load_tokens
-    from quantkit.model.block import BlockRunner
 
     step = source.manifest.last("calibrate") if source.manifest else None
     recorded = step.options if step else {}
@@ -140,17 +199,21 @@ def measure_errors(
     if spec is None:
         raise UsageError("--criterion error measures on text", "give --data")
     seed = step.seed or 0 if step else 0
-    tokens = load_tokens(
+    return load_tokens(
         spec, source.path, samples=samples, seq_len=recorded.get("seq_len"), seed=seed
     )
-    console.note(f"data: {tokens.description}")
+
+
+def _errors(source: Checkpoint, layout: ModelLayout, ids: Tensor) -> dict[str, Tensor]:
+    from quantkit.model.block import BlockRunner
+
     errors = {site.key: torch.zeros(site.width, dtype=torch.float64) for site in layout.sites}
 
     def watch(site: Site, x: Tensor) -> None:
         errors[site.key] += score.error_reduction(x)
 
     runner = BlockRunner(source, layout)
-    hidden = [runner.embed(batch) for batch in tokens.ids.split(1)]
+    hidden = [runner.embed(batch) for batch in ids.split(1)]
     with console.progress("separate", layout.n_layers) as progress:
         for i in range(layout.n_layers):
             block = runner.load(i)
