@@ -105,7 +105,9 @@ def decide(
             return Decision(None, none.error, none.error, "none")
         best = joint.scale.cpu()
         return Decision(best, none.error, joint.error, "joint", joint.alpha, joint.quantile)
-    learned = learn(problem, {"one": None, "joint": joint.scale}, method.training)
+    starts = {"one": None, "joint": joint.scale}
+    known = {"none": none.error, "joint": joint.error}
+    learned = learn(problem, starts, method.training, known)
     kept = None if learned.scale is None else learned.scale.cpu()
     return Decision(kept, none.error, learned.error, learned.start, steps=learned.steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,14 +42,24 @@ class Learned:
     steps: int
 
 
-def learn(problem: Problem, starts: dict[str, Tensor | None], training: Training) -> Learned:
+def learn(
+    problem: Problem,
+    starts: dict[str, Tensor | None],
+    training: Training,
+    known: Mapping[str, float] | None = None,
+) -> Learned:
     """Train from the start that does best in a short trial; keep the best scale ever met.
 
-    `starts` by name (None means s = 1). The starts, what the trials made of them, and s = 1 all
+    `starts` by name (None means s = 1); `known` are held errors of starts, and of `none`, that were
+    computed before. The starts, what the trials made of them, and s = 1 all
     stay candidates: on the held tokens the result is never worse than doing nothing.
     """
     candidates: dict[str, Tensor | None] = {"none": None, **starts}
-    errors = {name: problem.error(scale) for name, scale in candidates.items()}
+    errors = dict(known or {})
+    for name, scale in candidates.items():
+        if name not in errors:
+            same = name != "none" and scale is None
+            errors[name] = errors["none"] if same else problem.error(scale)
 
     def attempt(name: str, start: Tensor | None, plan: Training) -> int:
         candidates[name], steps = descend(problem, start, plan)
