@@ -117,6 +117,7 @@ def _write(run: Run, target: Target) -> Result:
         "device": run.device.type,
         "every_expert": options.every_expert,
         "tail_quantile": options.tail_quantile,
+        "min_expert_tokens": options.min_expert_tokens,
     }
     with begin_step(
         "calibrate",
@@ -141,7 +142,7 @@ def _write(run: Run, target: Target) -> Result:
         }
         step.writer.write_file(store.FILE, store.combine(layers, meta))
         statistics = store.open_statistics(step.writer.side_file(store.FILE))
-        starved = _starved(statistics, run.layout, options.min_expert_tokens)
+        starved = _starved(statistics, run.layout)
         step.writer.keep_rest()
         step.notes |= {"data": tokens.description, "starved_experts": len(starved)}
         if run.layout.unmatched:
@@ -312,7 +313,7 @@ def _layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer:05d}.safetensors"
 
 
-def _starved(statistics: store.Statistics, layout: ModelLayout, minimum: int) -> tuple[str, ...]:
-    """Experts that saw fewer than `minimum` tokens."""
+def _starved(statistics: store.Statistics, layout: ModelLayout) -> tuple[str, ...]:
+    """Experts that saw too few tokens."""
     keys = [site.key for site in layout.sites if site.expert is not None]
-    return tuple(key for key in keys if int(statistics.get(key, "count")) < minimum)
+    return tuple(key for key in keys if not statistics.has(key))

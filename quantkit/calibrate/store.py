@@ -58,8 +58,16 @@ class Statistics:
         return out
 
     def has(self, key: str) -> bool:
-        """Whether a site saw tokens (an expert of a mixture may have seen none)."""
-        return f"{key}/absmax" in self.tensors
+        """Whether a site saw enough tokens: an expert of a mixture may have seen few or none.
+
+        Whoever works without looks at the weights alone.
+        """
+        if f"{key}/absmax" not in self.tensors:
+            return False
+        least = self.meta.get("min_expert_tokens")
+        if ".experts." not in key or not isinstance(least, int):
+            return True
+        return int(self.get(key, "count")) >= least
 
     def keys(self) -> list[str]:
         """The keys of all sites, in the order of the model."""

@@ -50,7 +50,9 @@ def summarize(result: Result) -> tuple[dict[str, Any], str]:
     lines.append(console.table(("site", *COLUMNS), table))
     if result.starved:
         some = ", ".join(result.starved[:3])
-        lines.append(f"{len(result.starved)} experts saw few tokens: {some}, ...")
+        more = ", ..." if len(result.starved) > 3 else ""
+        lines.append(f"{len(result.starved)} experts saw few tokens: {some}{more}")
+        lines.append("  only their weights will be looked at; --all-experts shows them every token")
     if result.layout.unmatched:
         lines.append(f"{len(result.layout.unmatched)} tensors belong to nothing known")
     lines.append(f"output: {result.output}")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.model.sites import Site, read_weight
+from quantkit.model.sites import Site
+from quantkit.outliers.choose import weight_energy
 from quantkit.transforms import fold
 
 if TYPE_CHECKING:
@@ -51,15 +52,6 @@ class EditedCheckpoint(Checkpoint):
             tensor = self.source.read_rows(name, part)
             return fold.edited(tensor, mine, torch.float32) if mine else tensor.float()
         return self.read(name)[part]
-
-
-def weight_energy(source: Checkpoint, site: Site) -> Tensor:
-    """Sum of squares of the weights that meet each channel, over all linears: float64 [width]."""
-    total = torch.zeros(site.width, dtype=torch.float64)
-    for linear in site.linears:
-        for part in read_weight(source, linear).split(4096):
-            total += part.double().square().sum(0)
-    return total
 
 
 def balanced(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from quantkit import console
@@ -14,8 +15,9 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.formats import FORMATS
 from quantkit.model.sites import ModelLayout, Site
 from quantkit.outliers.budget import branch_columns, choose_free
+from quantkit.outliers.choose import weight_energy
 from quantkit.outliers.plan import Plan
-from quantkit.pack.balance import balanced, weight_energy
+from quantkit.pack.balance import balanced
 from quantkit.pack.layout import BRANCH_ALIGNMENT
 from quantkit.pack.scheme import SiteFormat
 
@@ -63,13 +65,14 @@ class Inputs:
         chosen: dict[str, tuple[int, ...]] = {}
         for site in sites:
             fmt = formats[site.key]
-            if fmt is None or site.key not in self.energies:
+            if fmt is None:
                 chosen[site.key] = ()
                 continue
             block = options.hadamard or FORMATS[fmt.activations].block
             count = branch_columns(site.width, options.branch_bits, precision, BRANCH_ALIGNMENT)
+            alike = torch.ones(site.width, dtype=torch.float64)  # an expert that saw few tokens
             found = choose_free(
-                self.energies[site.key],
+                self.energies.get(site.key, alike),
                 weight_energy(self.weights, site),
                 count,
                 options.criterion,

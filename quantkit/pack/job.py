@@ -283,8 +283,7 @@ def _input_divisors(
     statistics = load_statistics(source)
     divisors = {}
     for site in sites:
-        if not statistics.has(site.key):  # an expert that no token was routed to
-            divisors[site.key] = torch.ones(1)
+        if not statistics.has(site.key):  # an expert that saw too few tokens to tell
             continue
         absmax = statistics.get(site.key, "absmax").float().clone()
         if site.key in scales:
@@ -295,4 +294,9 @@ def _input_divisors(
         if fmt is not None and fmt.hadamard_size:  # no more than all of a block's maxima together
             absmax = absmax.view(-1, fmt.hadamard_size).square().sum(1).sqrt()
         divisors[site.key] = power_of_two_below(nvfp4.global_scale(absmax.amax()))
+    for site in sites:
+        if site.key not in divisors:  # as wide a range as any other expert of the layer needs
+            others = (s.key for s in layout.layer_sites(site.layer) if s.kind == site.kind)
+            known = [divisors[key] for key in others if key in divisors]
+            divisors[site.key] = torch.stack(known).amin(0) if known else torch.ones(1)
     return divisors, statistics.digest

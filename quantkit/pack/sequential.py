@@ -42,6 +42,7 @@ from quantkit.pack.scheme import SiteFormat
 from quantkit.pack.separate import branch_tensors
 
 STATES_IN_MEMORY = 2 * 10**9
+FEWEST = 64  # tokens that a second moment is made of
 OPERANDS_IN_MEMORY = 10**9  # of one block, on a CPU, where making them again takes longest
 
 
@@ -231,7 +232,10 @@ class Sequential:
                 continue
         self._replay(None)
         for key, count in counts.items():
-            moments[key] /= max(count, 1)
+            if count >= FEWEST:
+                moments[key] /= count
+            else:  # an expert that saw too few tokens: all its columns count alike
+                moments[key] = torch.eye(len(moments[key]), device=self.device)
         return moments
 
     def _operand(self, site: Site, fmt: SiteFormat, x: Tensor, channels: Tensor | None) -> Tensor:
