@@ -95,6 +95,14 @@ def run(
     steps: Annotated[
         int | None, typer.Option(help="Steps of learned rounding, each block. Default: 200.")
     ] = None,
+    asymmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--asymmetric/--symmetric",
+            help="gptq and learned: aim at the outputs of the unquantized model, not at those of "
+            "the unrounded weight on quantized inputs.",
+        ),
+    ] = None,
     four_over_six: Annotated[
         bool,
         typer.Option("--four-over-six", help="NVFP4: map block maxima to 6 or to 4."),
@@ -143,6 +151,7 @@ def run(
         criterion=criterion,
         hadamard=hadamard,
         balance=balance,
+        asymmetric=asymmetric,
         four_over_six=four_over_six,
         steps=steps,
         data=data,

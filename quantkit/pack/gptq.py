@@ -20,6 +20,7 @@ from quantkit.pack.grid import Grid
 
 BLOCK = 64  # columns between two updates of the rest of the matrix
 DAMPING = 0.01  # of the mean diagonal
+RIDGE = 1.0  # of the mean diagonal: less fits the calibration text more than the next one
 
 
 def compensate(
@@ -59,6 +60,20 @@ def compensate(
     result[order] = columns
     result = result.t()
     return result[:, :width].contiguous(), result[:, width:].contiguous(), grid
+
+
+def towards(w: Tensor, hessian: Tensor, cross: Tensor, ridge: float = RIDGE) -> Tensor:
+    """The weights that on quantized inputs X~ come nearest to `w` on the exact ones X.
+
+    argmin over V of ||X w^T - X~ V^T||^2 + ridge ||V - w||^2 for `hessian` X~^T X~ and `cross`
+    X^T X~, both [n, n] means over tokens; `ridge` in mean diagonals. float32 [out, n]. Inputs that
+    differ because of earlier quantized layers, and their own rounding, are made up for as far as a
+    linear map can: the asymmetric objective of GPTAQ (2504.02692) and Qronos (2505.11695).
+    """
+    solved = hessian.double().clone()
+    solved.diagonal().add_(ridge * solved.diagonal().mean().clamp_min(1e-30))
+    change = torch.linalg.solve(solved, (cross.double() - hessian.double()).t()).t()
+    return w.float() + (w.double() @ change).float()
 
 
 def _inverse_factor(hessian: Tensor, width: int, damping: float) -> tuple[Tensor, Tensor]:

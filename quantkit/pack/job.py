@@ -25,7 +25,7 @@ from quantkit.pack import scheme as schemes
 from quantkit.pack.inputs import Inputs
 from quantkit.pack.layout import check_width, padded
 from quantkit.pack.recipes import PLANNED, resolved
-from quantkit.pack.rounding import METHODS
+from quantkit.pack.rounding import FROM_INPUTS, METHODS
 from quantkit.pack.rtn import power_of_two_below
 from quantkit.pack.scheme import Scheme, SiteFormat, from_sites
 from quantkit.pack.site_plan import load_site_plan
@@ -47,6 +47,7 @@ class PackOptions:
     criterion: str | None = None  # of the free choice
     hadamard: int | None = None  # block of the online Hadamard; default: what `rotate` recorded
     balance: bool | None = None  # even out channel energies before rounding
+    asymmetric: bool | None = None  # gptq, learned: towards the unquantized model's outputs
     four_over_six: bool = False  # NVFP4 scales: the maximum at 6 or 4
     steps: int | None = None  # of learned rounding, each block
     data: str | None = None  # text to round on; default: the calibration's
@@ -207,6 +208,8 @@ def _check_rounding(options: PackOptions) -> None:
         )
     if options.four_over_six and options.rounding == "search":
         raise UsageError("--four-over-six goes with the other roundings; search covers it")
+    if options.asymmetric and options.rounding not in FROM_INPUTS:
+        raise UsageError("--asymmetric goes with --rounding gptq or learned")
     if options.steps is not None and (options.rounding != "learned" or options.steps < 1):
         raise UsageError("--steps are those of --rounding learned, at least 1")
 

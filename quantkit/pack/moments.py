@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 
-def add_outer(total: Tensor, x: Tensor) -> None:
-    """total += x^T x in float32, for x [tokens, n]."""
-    exact = x.dtype == torch.bfloat16  # products of its values lose nothing in float32
-    x = x.float()
+def add_outer(total: Tensor, x: Tensor, y: Tensor | None = None) -> None:
+    """total += y^T x (default: x^T x) in float32, for x and y [tokens, n]."""
+    y = x if y is None else y
+    exact = x.dtype == y.dtype == torch.bfloat16  # products of such values lose nothing in float32
+    x, y = x.float(), y.float()
     with in_bfloat16() if exact and x.device.type == "cpu" else nullcontext():
-        total.addmm_(x.t(), x)
+        total.addmm_(y.t(), x)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import UsageError
-from quantkit.pack.gptq import compensate
+from quantkit.pack.gptq import compensate, towards
 from quantkit.pack.grid import Grid
 from quantkit.pack.rtn import round_nearest
 from quantkit.pack.scheme import SiteFormat
@@ -83,10 +83,12 @@ def round_for_inputs(
     rule: str,
     divisor: Tensor | None = None,
     four_over_six: bool = False,
+    cross: Tensor | None = None,
 ) -> Rounded:
     """GPTQ of the main path's `rest` [out, in] and the branch's `columns` [out, k] together.
 
-    `hessian` [in + k]^2: of the quantized main inputs followed by the branch's.
+    `hessian` [in + k]^2: of the quantized main inputs followed by the branch's. `cross`, the same
+    with the unquantized model's inputs on the left, asks for that model's outputs (`towards`).
     """
     width = rest.shape[1]
     importance = hessian.diagonal()[:width]
@@ -98,5 +100,7 @@ def round_for_inputs(
 
     together = rest if columns is None else torch.cat([rest, columns], 1)
     free = 0 if columns is None else columns.shape[1]
+    if cross is not None:
+        together = towards(together, hessian, cross)
     latent, moved, grid = compensate(together, hessian, grid_of, free=free)
     return Rounded(latent, grid, None if columns is None else moved)

@@ -11,7 +11,8 @@ writes a block when all of it is learned.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,9 @@ class Sequential:
         ids = self.tokens.ids
         self.batches = batch_ranges(ids.shape[0], ids.shape[1], self.device)
         self.states = self._states("")
-        self.exact = self._states("exact") if self.options.rounding == "learned" else None
+        self.learned = self.options.rounding == "learned"
+        beside = self.learned or self.options.asymmetric
+        self.exact = self._states("exact") if beside else None  # of the unquantized model
         self.learning = Learning(
             steps=Learning.steps if self.options.steps is None else self.options.steps,
             seed=self.options.seed,
@@ -128,11 +131,13 @@ class Sequential:
         for stage in stages(self.job.layout.layer_sites(layer)):
             wanted = [(site, fmt) for site in stage if (fmt := self.job.format(site)) is not None]
             unpacked = [pair for pair in wanted if not self._all_done(*pair)]
-            moments = self._second_moments(block, layer, unpacked) if unpacked else {}
+            beside = exact if self.options.asymmetric else None
+            moments, crossed = self._second_moments(block, beside, layer, unpacked)
             for site, fmt in wanted:
                 for group in fused_groups(site):
                     if not is_done(self.step.writer, fmt, group):
-                        self._round_group(site, fmt, group, moments[site.key])
+                        cross = crossed.get(site.key)
+                        self._round_group(site, fmt, group, moments[site.key], cross)
                     self._install(block, site, fmt, group)
                 if site.kind == "attn_out" and site.key in self._operands:
                     block.replay_attention(site.linears[0])
@@ -194,23 +199,33 @@ class Sequential:
         return all(is_done(self.step.writer, fmt, group) for group in fused_groups(site))
 
     def _second_moments(
-        self, block: PackedBlock, layer: int, sites: Sequence[tuple[Site, SiteFormat]]
-    ) -> dict[str, Tensor]:
-        """Mean outer product of each site's quantized inputs, branch columns last: float32."""
+        self,
+        block: PackedBlock,
+        exact: nn.Module | None,
+        layer: int,
+        sites: Sequence[tuple[Site, SiteFormat]],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Mean outer products [in + k]^2 of each site's quantized inputs, branch columns last.
+
+        With an `exact` block also those of its inputs with the quantized ones; not of experts, to
+        which the two models may send different tokens.
+        """
         formats = {site.key: fmt for site, fmt in sites}
+        dense = [pair for pair in sites if pair[0].expert is None]
         channels = {
             key: self.job.channels[key].to(self.device)
             for key in formats
             if key in self.job.channels
         }
-        final = sites[-1][0].key if sites[-1][0].expert is None else None
         moments = {
             site.key: torch.zeros(
                 (site.width + len(channels.get(site.key, ())),) * 2, device=self.device
             )
             for site, _ in sites
         }
+        crossed = {site.key: torch.zeros_like(moments[site.key]) for site, _ in dense if exact}
         counts = dict.fromkeys(moments, 0)
+        latest: dict[str, Tensor] = {}
 
         def watch(site: Site, x: Tensor) -> None:
             if site.key in formats:
@@ -218,25 +233,47 @@ class Sequential:
                 operand = self._operand(site, fmt, x, taken)
                 if self._keeping and site.expert is None:
                     self._operands.setdefault(site.key, []).append(operand)
-                add_outer(moments[site.key], branch_last(operand, fmt, taken))
+                latest[site.key] = branch_last(operand, fmt, taken)
+                add_outer(moments[site.key], latest[site.key])
                 counts[site.key] += len(x)
-            if site.key == final:
+            if dense and site.key == dense[-1][0].key:
                 raise Reached
 
-        for b in range(len(self.batches)):
-            states = self.states.get(layer, b).to(self.device)
+        for b in range(len(self.batches) if sites else 0):
             self._replay(b)
-            try:
+            with suppress(Reached):
+                states = self.states.get(layer, b).to(self.device)
                 self.runner.capture(block.module, layer, states, watch)
-            except Reached:
+            if exact is None or self.exact is None:
                 continue
+            for site, fmt in dense:
+                x = self._site_input(exact, site, self.exact.get(layer, b))
+                fmt = replace(fmt, activations="none", branch=fmt.branch and "bf16")
+                whole = self._operand(site, fmt, x, channels.get(site.key))
+                whole = branch_last(whole, fmt, channels.get(site.key))
+                add_outer(crossed[site.key], latest[site.key], whole)
         self._replay(None)
         for key, count in counts.items():
             if count >= FEWEST:
                 moments[key] /= count
             else:  # an expert that saw too few tokens: all its columns count alike
                 moments[key] = torch.eye(len(moments[key]), device=self.device)
-        return moments
+            if key in crossed:
+                crossed[key] = crossed[key] / count if count >= FEWEST else moments[key]
+        return moments, crossed
+
+    def _site_input(self, module: nn.Module, site: Site, states: Tensor) -> Tensor:
+        """The input of a site when a block meets hidden states: [tokens, width]."""
+        seen: list[Tensor] = []
+
+        def watch(met: Site, x: Tensor) -> None:
+            if met.key == site.key:
+                seen.append(x)
+                raise Reached
+
+        with suppress(Reached):
+            self.runner.capture(module, site.layer, states.to(self.device), watch)
+        return seen[0]
 
     def _operand(self, site: Site, fmt: SiteFormat, x: Tensor, channels: Tensor | None) -> Tensor:
         """What the packed linears multiply, [tokens, in] (with a Hadamard [tokens, in + k])."""
@@ -245,7 +282,12 @@ class Sequential:
         return reference.input_operand(x, fmt, self.job.scheme.scale_rule, channels, divisor)
 
     def _round_group(
-        self, site: Site, fmt: SiteFormat, group: Sequence[Linear], moments: Tensor
+        self,
+        site: Site,
+        fmt: SiteFormat,
+        group: Sequence[Linear],
+        moments: Tensor,
+        cross: Tensor | None,
     ) -> None:
         weights = weights_of_group(self.job, site, fmt, group)
         rests = [rest.to(self.device) for rest, _ in weights]
@@ -258,10 +300,11 @@ class Sequential:
             self.job.scheme.scale_rule,
             global_divisor(rests) if fmt.weights == "nvfp4" else None,
             self.options.four_over_six,
+            cross,
         )
         whole = RoundedGroup(site, fmt, group, rounded.split([len(rest) for rest in rests]))
         self._encode(whole)
-        if self.exact is not None:
+        if self.learned:
             self._waiting.append(whole)
         else:
             self.step.writer.write_group(self._unwritten)

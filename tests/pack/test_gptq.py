@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import QuantkitError, UsageError
-from quantkit.pack.gptq import compensate
+from quantkit.pack.gptq import compensate, towards
 from quantkit.pack.grid import Grid, rule_grid
 from quantkit.pack.rounding import round_for_inputs, round_weight
 from quantkit.pack.rtn import global_divisor
@@ -128,3 +128,26 @@ def test_without_moments_and_unknown_methods() -> None:
         round_weight(weight(8, 64, 0), fmt, method="gptq")
     with pytest.raises(UsageError, match="unknown rounding"):
         round_weight(weight(8, 64, 0), fmt, method="dice")
+
+
+def test_towards_is_the_least_squares_weight() -> None:
+    generator = torch.Generator().manual_seed(5)
+    exact = torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    noisy = exact + 0.3 * torch.randn(400, 24, generator=generator, dtype=torch.float64)
+    w = torch.randn(7, 24, generator=generator, dtype=torch.float64)
+    hessian, cross = noisy.t() @ noisy / 400, exact.t() @ noisy / 400
+    found = towards(w, hessian, cross, ridge=0.0)
+    wanted = torch.linalg.lstsq(noisy, exact @ w.t()).solution.t()
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-5)
+    held = towards(w, hessian, cross, ridge=1e9)
+    torch.testing.assert_close(held, w.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_towards_changes_nothing_where_inputs_agree_or_are_dead() -> None:
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(6))
+    x[:, 3] = 0
+    w = torch.randn(4, 8, generator=torch.Generator().manual_seed(7))
+    moments = x.t() @ x / 50
+    torch.testing.assert_close(towards(w, moments, moments), w)
+    cross = moments * 1.1
+    assert torch.equal(towards(w, moments, cross)[:, 3], w[:, 3])

@@ -26,6 +26,7 @@ RECIPES = [
     PackOptions("w4a4-plain"),
     PackOptions("osc", rounding="gptq"),
     PackOptions("nvfp4", rounding="gptq", four_over_six=True),
+    PackOptions("w4a4", asymmetric=True),
     PackOptions("w4a4-mx", rounding="learned", steps=4),
 ]
 
@@ -114,6 +115,7 @@ def test_a_block_is_packed_on_inputs_of_the_packed_model(
     ("options", "at"),
     [
         *((RECIPES[1], at) for at in (("install", 3), ("install", 6), ("forward", 1))),
+        (RECIPES[-2], ("forward", 12)),
         *((RECIPES[-1], at) for at in (("install", 6), ("forward", 8), ("forward", 19))),
     ],
     ids=lambda x: x.rounding or "gptq" if isinstance(x, PackOptions) else f"{x[0]}-{x[1]}",
@@ -152,6 +154,23 @@ def test_other_text_is_another_run(calibrated: Path, tmp_path: Path) -> None:
     manifest = open_checkpoint(few.output).manifest
     assert manifest is not None
     assert "2 windows" in manifest.steps[-1].notes["data"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_asymmetric_gets_closer_to_the_exact_model(family: str, tmp_path: Path) -> None:
+    source = calibrate_tiny(tmp_path, family)
+
+    def run(asymmetric: bool) -> float:
+        options = PackOptions("w4a4-plain", asymmetric=asymmetric)
+        return excess(source, pack(source, options, Target(tmp_path / str(asymmetric))).output)
+
+    assert run(True) < 0.9 * run(False)
+
+
+def test_asymmetric_needs_text(calibrated: Path, tmp_path: Path) -> None:
+    options = PackOptions("w4a4", rounding="rtn", asymmetric=True)
+    with pytest.raises(UsageError, match="--asymmetric"):
+        pack(calibrated, options, Target(tmp_path / "out"))
 
 
 def test_no_text_is_said(tmp_path: Path) -> None:
