@@ -47,6 +47,7 @@ class HiddenStates:
         self._files: dict[int, int] = {}
         self._boundary = 0  # of the states last put
         self._kept_at, self._cost = time.monotonic(), 0.0
+        self._kept: int | None = None  # the boundary that lies whole on the disk
 
     def put(self, boundary: int, batch: int, states: torch.Tensor) -> None:
         """Keep a batch of the states in front of block `boundary`."""
@@ -74,7 +75,15 @@ class HiddenStates:
         return self._held[batch] if batch in self._held else self._read(boundary, batch)
 
     def worth_keeping(self) -> bool:
-        """Whether making the states durable now costs less than a tenth of the time it saves."""
+        """Whether making the states durable now costs less than a tenth of the time it saves.
+
+        Never into the file that holds the boundary kept last: killed meanwhile, there would be
+        none. States in files are kept at every block, as the next but one overwrites them.
+        """
+        if self.spilled:
+            return True
+        if self._kept is not None and (self._boundary - self._kept) % 2 == 0:
+            return False
         return time.monotonic() - self._kept_at >= 10 * self._cost
 
     def keep(self) -> None:
@@ -85,7 +94,7 @@ class HiddenStates:
         for batch, states in self._held.items():
             self._write(self._boundary, batch, states)
         os.fsync(self._file(self._boundary))
-        self._kept_at = time.monotonic()
+        self._kept, self._kept_at = self._boundary, time.monotonic()
         self._cost = self._kept_at - start
 
     def mark(self) -> None:
@@ -94,7 +103,7 @@ class HiddenStates:
 
     def load(self, boundary: int) -> None:
         """Take over the states an interrupted run kept in front of block `boundary`."""
-        self._boundary = boundary
+        self._boundary = self._kept = boundary
         if not self.spilled:
             self._held = {batch: self._read(boundary, batch) for batch in self.mine}
 
