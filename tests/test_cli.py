@@ -65,6 +65,9 @@ EXAMPLES = [
 STEPS = {
     "calibrate": ("calibrate", "model", "--data", "sample", "--samples", "2", "--seq-len", "32"),
     "separate-outliers": ("separate-outliers", "model-calibrated"),
+    "smooth": (
+        *("smooth", "model-calibrated", "--method", "max", "--samples", "5", "--seq-len", "32"),
+    ),
     "plan": (
         *("plan", "model-calibrated", "--bits", "4.75", "--samples", "2", "--windows", "2"),
         *("--seq-len", "32"),
@@ -251,7 +254,7 @@ def test_no_color_is_honoured(workspace: Workspace) -> None:
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", done.stdout)  # bold may stay, colours not
 
 
-@pytest.mark.parametrize("verb", ["calibrate", "plan", "pack", "eval", "diagnose"])
+@pytest.mark.parametrize("verb", ["calibrate", "smooth", "plan", "pack", "eval", "diagnose"])
 def test_a_dry_run_says_how_long_and_how_much_memory(
     verb: str, workspace: Workspace, shell: Shell
 ) -> None:

@@ -70,6 +70,7 @@ def run(
     overwrite: common.Overwrite = False,
     restart: common.Restart = False,
     max_shard_size: common.MaxShardSize = "5GB",
+    dry_run: common.DryRun = False,
     json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:
@@ -95,5 +96,10 @@ def run(
         device=device,
         dtype=dtype,
     )
+    if dry_run:
+        from quantkit.transforms.forecast import preview
+
+        console.result(*preview(checkpoint, options, target))
+        return
     result = smooth.smooth(checkpoint, options, target)
     console.result(result.to_json(), result.text(), str(result.output))

@@ -27,7 +27,7 @@ from quantkit.calibrate.hidden import write_durably
 from quantkit.calibrate.layerwise import choose_device
 from quantkit.checkpoint.manifest import online_hadamards
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.step import OpenStep, Target, begin_step, open_source, output_of
+from quantkit.checkpoint.step import Target, begin_step, open_source, output_of
 from quantkit.data.tokens import TokenBatch, load_tokens
 from quantkit.errors import InputRejected, UsageError
 from quantkit.model.block import BlockRunner
@@ -105,12 +105,20 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target) -> SmoothResult:
-    """Write the smoothed checkpoint; its function is the input's.
+@dataclass(frozen=True)
+class Setting:
+    """What is known before the first site: input, output, text and statistics."""
 
-    Raises InputRejected for packed checkpoints, stale statistics and bad data, UsageError for
-    options that make no sense.
-    """
+    source: Checkpoint
+    layout: ModelLayout
+    output: Path
+    device: torch.device
+    statistics: store.Statistics | None
+    tokens: TokenBatch | None
+
+
+def opened(checkpoint: str | Path | None, options: SmoothOptions, target: Target) -> Setting:
+    """Open and check everything a run needs. Raises what `smooth` does."""
     source = open_source(checkpoint)
     if "quantization_config" in source.config:
         raise InputRejected(
@@ -119,7 +127,7 @@ def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target
     layout = describe(source.config, source.tensors)
     _check(options)
     device = choose_device(options.device)
-    output_of(source, "smoothed", target)
+    output = output_of(source, "smoothed", target)
     statistics = store.load_statistics(source) if (source.path / store.FILE).exists() else None
     rules = options.method.name in ("max", "quantile")
     if rules and not options.method.check and statistics is None:
@@ -128,6 +136,18 @@ def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target
     if options.method.check or not rules:
         tokens = _tokens(source, options)
         console.note(f"data: {tokens.description}")
+    return Setting(source, layout, output, device, statistics, tokens)
+
+
+def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target) -> SmoothResult:
+    """Write the smoothed checkpoint; its function is the input's.
+
+    Raises InputRejected for packed checkpoints, stale statistics and bad data, UsageError for
+    options that make no sense.
+    """
+    setting = opened(checkpoint, options, target)
+    source, layout = setting.source, setting.layout
+    tokens, statistics = setting.tokens, setting.statistics
     with begin_step(
         "smooth",
         source,
@@ -140,7 +160,8 @@ def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target
             "statistics": statistics.digest if statistics else None,
         },
     ) as step:
-        run = _Run(step, layout, options, statistics, device)
+        scratch = step.writer.scratch
+        run = Run(source, scratch, layout, options, statistics, setting.device)
         decisions = run.decisions(tokens)
         scales = {key: d.scale for key, d in decisions.items() if d.scale is not None}
         edits: fold.Edits = {}
@@ -160,21 +181,23 @@ def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target
     return SmoothResult(output, decisions, layout)
 
 
-class _Run:
+class Run:
     """One smoothing run: finds the scale of every site, and finds again what was found before."""
 
     def __init__(
         self,
-        step: OpenStep,
+        source: Checkpoint,
+        scratch: Path | None,
         layout: ModelLayout,
         options: SmoothOptions,
         statistics: store.Statistics | None,
         device: torch.device,
     ) -> None:
-        self.step, self.layout, self.options = step, layout, options
+        self.source, self.scratch = source, scratch
+        self.layout, self.options = layout, options
         self.statistics, self.device = statistics, device
         self.sites = [site for site in layout.sites if site.kind in options.sites]
-        self.online = recorded_hadamards(step.source)
+        self.online = recorded_hadamards(source)
 
     def decisions(self, tokens: TokenBatch | None) -> dict[str, Decision]:
         """Decide every site, in the order of the model."""
@@ -193,10 +216,10 @@ class _Run:
             yield from ((site, None) for site in left)
             return
         keys = {site.key for site in left}
-        stored = self.step.source.tensors[self.layout.embedding].dtype
+        stored = self.source.tensors[self.layout.embedding].dtype
         narrow = stored == torch.float16 and self.device.type == "cpu"  # emulated there
         runner = BlockRunner(
-            self.step.source,
+            self.source,
             self.layout,
             device=self.device,
             dtype=torch.float32 if narrow else None,
@@ -209,7 +232,7 @@ class _Run:
 
     def _decide(self, site: Site, observed: Observed | None) -> Decision:
         decision = decide(
-            self.step.source,
+            self.source,
             site,
             self.options.method,
             self.simulation(site),
@@ -250,7 +273,8 @@ class _Run:
         return Simulation("mxfp4", "mxfp4", self.options.scale_rule, size, group=32)
 
     def _path(self, key: str) -> Path:
-        return self.step.writer.scratch / f"{key}.safetensors"
+        assert self.scratch is not None
+        return self.scratch / f"{key}.safetensors"
 
     def _keep(self, key: str, decision: Decision, observed: Observed | None) -> None:
         tensors = {}
