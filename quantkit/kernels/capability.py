@@ -75,6 +75,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     _hopper_bf16("nvfp4", "nvfp4"),
     _hopper_bf16("mxfp4", "mxfp8"),
+    _hopper_bf16("mxfp8", "mxfp8"),
 )
 
 GPUS = {(9, 0): "Hopper (H100, H200)", (10, 0): "Blackwell (B200)", (12, 0): "Blackwell (RTX)"}

@@ -1,14 +1,15 @@
-"""FP4 weights whose Hopper kernel multiplies in bfloat16: storage to execution layout.
+"""Weights whose Hopper kernel multiplies in bfloat16: storage to execution layout.
 
-A brick is 64 rows by 64 columns (`Fp4InBf16` in `sm90_formats.cuh`): codes in the order of wgmma's
-A fragment, then a bfloat16 scale for each row and 16 columns. E2M1 times an E4M3 scale, or times a
-power of two, is a bfloat16 number, so the decoded weights are exact; what a row's scales have in
-common is a float32 constant of the row. 5 bits a weight. Rows and columns are padded with zeros.
+A brick is 64 rows by 64 columns (`Fp4InBf16`, `Mxfp8InBf16` in `sm90_formats.cuh`): codes in the
+order of wgmma's A fragment, then the scales. E2M1 times an E4M3 scale, and E2M1 or E4M3 times a
+power of two, are bfloat16 numbers, so the decoded weights are exact; what a row's scales have in
+common is a float32 constant of the row. FP4 takes 5 bits a weight (a bfloat16 scale for 16
+columns), MXFP8 8.25. Rows and columns are padded with zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from torch.nn.functional import pad
 from quantkit.kernels.prepare import ROWS, Plane
 
 COLUMNS = 64
-BRICK_BYTES = ROWS * COLUMNS // 2 + ROWS * COLUMNS // 16 * 2
 
 
 def prepare_fp4(tensors: Mapping[str, Tensor]) -> Plane:
@@ -33,29 +33,70 @@ def prepare_fp4(tensors: Mapping[str, Tensor]) -> Plane:
         common = (1 / tensors["weight_global_scale"].float()).reshape(1).expand(rows)
         scales = scale.to(torch.bfloat16)
     else:
-        exponent = scale.int()
-        top = exponent.amax(1, keepdim=True)
-        common = torch.ldexp(torch.ones_like(top[:, 0], dtype=torch.float32), top[:, 0] - 127)
-        common = common.masked_fill(top[:, 0] == 255, torch.nan)
-        relative = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - top)
+        common, below = _relative(scale)
+        relative = torch.ldexp(torch.ones_like(below, dtype=torch.float32), -below)
         scales = relative.to(torch.bfloat16).repeat_interleave(2, 1)
     scales = pad(scales, (0, -scales.shape[1] % 4, 0, -rows % ROWS))
-    constants = packed.new_zeros(rows + -rows % ROWS, 4, dtype=torch.float32)
+    bytes_ = pad(packed, (0, -packed.shape[1] % (COLUMNS // 2), 0, -rows % ROWS))
+    bricks = -(-width // COLUMNS)
+    return Plane(_in_parts(_fp4, bytes_, scales, bricks), _constants(tensors, common), None)
+
+
+def prepare_mxfp8(tensors: Mapping[str, Tensor]) -> Plane:
+    """Lay out an MXFP8 linear: `weight` float8_e4m3fn [out, in], `weight_scale` E8M0 [out, in/32].
+
+    Blocks more than 246 octaves below the largest of their row vanish. `bias` [out] is added where
+    there is one.
+    """
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    rows, width = weight.shape
+    common, below = _relative(scale)
+    common = common.masked_fill(weight.float().isnan().any(1), torch.nan)
+    exponent = (247 - below).clamp(0, 247).to(torch.uint8)  # bfloat16's, of 2^120 times the scale
+    exponent = pad(exponent, (0, -exponent.shape[1] % 2, 0, -rows % ROWS))
+    codes = pad(weight.view(torch.uint8), (0, -width % COLUMNS, 0, -rows % ROWS))
+    bricks = codes.shape[1] // COLUMNS
+    return Plane(_in_parts(_mxfp8, codes, exponent, bricks), _constants(tensors, common), None)
+
+
+def _relative(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """E8M0 scales [out, blocks]: the largest of each row as a number, octaves below it."""
+    exponent = scale.int()
+    top = exponent.amax(1, keepdim=True)
+    common = torch.ldexp(torch.ones_like(top[:, 0], dtype=torch.float32), top[:, 0] - 127)
+    return common.masked_fill(top[:, 0] == 255, torch.nan), top - exponent
+
+
+def _constants(tensors: Mapping[str, Tensor], common: Tensor) -> Tensor:
+    rows = len(common)
+    constants = common.new_zeros(rows + -rows % ROWS, 4)
     constants[:rows, 0] = common
     if tensors.get("bias") is not None:
         constants[:rows, 1] = tensors["bias"].float()
-    bytes_ = pad(packed, (0, -packed.shape[1] % (COLUMNS // 2), 0, -rows % ROWS))
-    blocks, bricks = bytes_.shape[0] // ROWS, -(-width // COLUMNS)
-    step = max(1, (1 << 25) // bytes_.shape[1] // ROWS)  # bounds the temporaries
-    parts = []
-    for start in range(0, blocks, step):
-        part = slice(start * ROWS, (start + step) * ROWS)
-        parts.append(_bricks(bytes_[part], scales[part], bricks))
-    return Plane(torch.cat(parts), constants, None)
+    return constants
 
 
-def _bricks(bytes_: Tensor, scales: Tensor, bricks: int) -> Tensor:
-    """Packed codes [n, K/2] and bfloat16 scales [n, K/16] to [n/64, K/64, BRICK_BYTES]."""
+def _in_parts(
+    layout: Callable[[Tensor, Tensor, int], Tensor], bytes_: Tensor, scales: Tensor, bricks: int
+) -> Tensor:
+    """`layout` of some row blocks at a time, which bounds its temporaries."""
+    step = max(1, (1 << 25) // bytes_.shape[1] // ROWS) * ROWS
+    starts = range(0, len(bytes_), step)
+    return torch.cat([layout(bytes_[s : s + step], scales[s : s + step], bricks) for s in starts])
+
+
+def _mxfp8(codes: Tensor, exponent: Tensor, bricks: int) -> Tensor:
+    """Codes [n, K] and exponents [n, K/32], uint8, to [n/64, K/64, bytes]."""
+    n = codes.shape[0]
+    # [block, warp, hi, g] rows, [brick, pair, step, half, t, byte] columns
+    x = codes.reshape(n // ROWS, 4, 2, 8, bricks, 2, 2, 2, 4, 2)
+    x = x.permute(0, 4, 5, 1, 3, 8, 2, 6, 7, 9).reshape(n // ROWS, bricks, -1)
+    scales = exponent.reshape(n // ROWS, 4, 2, 8, bricks, 2).permute(0, 4, 1, 3, 2, 5)
+    return torch.cat([x, scales.reshape(n // ROWS, bricks, -1)], 2)
+
+
+def _fp4(bytes_: Tensor, scales: Tensor, bricks: int) -> Tensor:
+    """Packed codes [n, K/2] and bfloat16 scales [n, K/16] to [n/64, K/64, bytes]."""
     n = bytes_.shape[0]
     # A byte has columns 2t and 2t + 1: [warp, hi, g] rows, [brick, step, half, t] bytes.
     pairs = bytes_.reshape(n // ROWS, 4, 2, 8, bricks, 4, 2, 4).int()

@@ -93,6 +93,40 @@ struct Fp4InBf16 {
   }
 };
 
+// MXFP8 (E4M3 codes) decoded to bfloat16. 64 rows x 64 columns. [k-step pair][thread][row g, row
+// g + 8][k-step][4 codes], then [warp][g][row g, row g + 8][32 columns]: the byte of a scale is the
+// exponent of a bfloat16 that is 2^120 times the scale.
+struct Mxfp8InBf16 {
+  using Weight = cutlass::bfloat16_t;
+  using Token = cutlass::bfloat16_t;
+  static constexpr int kStepElements = 16;
+  static constexpr int kBytes = 64 * 64 + 64 * 2;
+  static constexpr bool kNarrowSum = false;
+
+  CUTLASS_DEVICE static void decode(uint32_t (&a)[4][4], uint32_t brick, int thread) {
+    uint32_t const scales = load_shared_32(brick + 4096 + (thread >> 2) * 4);
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint4 const codes = load_shared_128(brick + pair * 2048 + thread * 16);
+      uint32_t const upper = __byte_perm(scales, 0, pair ? 0x4141 : 0x4040) << 7;
+      uint32_t const lower = __byte_perm(scales, 0, pair ? 0x4343 : 0x4242) << 7;
+      expand(codes.x, upper, a[2 * pair][0], a[2 * pair][2]);
+      expand(codes.y, upper, a[2 * pair + 1][0], a[2 * pair + 1][2]);
+      expand(codes.z, lower, a[2 * pair][1], a[2 * pair][3]);
+      expand(codes.w, lower, a[2 * pair + 1][1], a[2 * pair + 1][3]);
+    }
+  }
+
+ private:
+  // A code's bits, put where bfloat16 has them, are 2^-120 times its value: subnormals as well.
+  CUTLASS_DEVICE static void expand(uint32_t codes, uint32_t scale, uint32_t& first,
+                                    uint32_t& second) {
+    uint32_t const low = __byte_perm(codes, 0, 0x4140), high = __byte_perm(codes, 0, 0x4342);
+    first = multiply_bf16x2((low & 0x007F007Fu) << 4 | (low & 0x00800080u) << 8, scale);
+    second = multiply_bf16x2((high & 0x007F007Fu) << 4 | (high & 0x00800080u) << 8, scale);
+  }
+};
+
 // The branch: outlier columns kept in 16 or 8 bits, in fragment order, two k-steps a brick (padded
 // to the stride of the main bricks). Tokens come 64 bytes a token.
 struct NoBranch {

@@ -67,8 +67,13 @@ CANDIDATES = (
 )
 PREFILL = 192  # more tokens than this take the 256-token tile
 
-WEIGHT_STRUCTS = {"mxfp4": "Mxfp4<cutlass::float_e5m2_t>", "fp4 in bf16": "Fp4InBf16"}
-BRICK_COLUMNS = {"mxfp4": 128, "fp4 in bf16": 64}  # columns whose tokens take 128 bytes
+WEIGHT_STRUCTS = {
+    "mxfp4": "Mxfp4<cutlass::float_e5m2_t>",
+    "fp4 in bf16": "Fp4InBf16",
+    "mxfp8 in bf16": "Mxfp8InBf16",
+}
+# Columns whose tokens take 128 bytes.
+BRICK_COLUMNS = {"mxfp4": 128, "fp4 in bf16": 64, "mxfp8 in bf16": 64}
 BRANCH_STRUCTS = {None: "NoBranch", "bf16": "Bf16Branch", "fp8": "Fp8Branch"}
 
 

@@ -1,8 +1,8 @@
-"""Packed linears on Hopper that FP8 cannot multiply exactly: FP4 weights in bfloat16 `wgmma`.
+"""Packed linears on Hopper that FP8 cannot multiply exactly: in bfloat16 `wgmma`.
 
-NVFP4 x NVFP4, and MXFP4 weights beside MXFP8 activations. Weights stay 4-bit in memory and are
-decoded in registers; activations are quantized by torch operations and laid out as bfloat16 tiles.
-The main loop and its schedules are those of `sm90_gemm.cuh`.
+NVFP4 x NVFP4, and MXFP4 or MXFP8 weights beside MXFP8 activations. Weights stay packed in memory
+and are decoded in registers; activations are quantized by torch operations and laid out as
+bfloat16 tiles. The main loop and its schedules are those of `sm90_gemm.cuh`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.nn.functional import pad
 from quantkit.formats import e2m1, nvfp4
 from quantkit.kernels import jit, reference, sm90, sm90_tiles
 from quantkit.kernels.capability import Kernel
-from quantkit.kernels.prepare_wide import COLUMNS, prepare_fp4
+from quantkit.kernels.prepare_wide import COLUMNS, prepare_fp4, prepare_mxfp8
 
 if TYPE_CHECKING:
     from quantkit.kernels.dispatch import Work
 
-FORM = "fp4 in bf16"
+FORMS = {"nvfp4": "fp4 in bf16", "mxfp4": "fp4 in bf16", "mxfp8": "mxfp8 in bf16"}
 
 
 def refuse(kernel: Kernel, work: Work) -> str | None:
@@ -37,7 +37,7 @@ def refuse(kernel: Kernel, work: Work) -> str | None:
 def prepare(kernel: Kernel, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> nn.Module:
     """Stack the linears of a site in execution layout; compile what one token needs."""
     tile = sm90_tiles.plan(sum(work.outputs), work.width, 1).tile
-    jit.compile(sm90_tiles.gemm_text(tile, FORM, None), "sm90_gemm", sm90.ARCH)
+    jit.compile(sm90_tiles.gemm_text(tile, FORMS[work.weights], None), "sm90_gemm", sm90.ARCH)
     layer = WideLinear(work, linears)
     device = layer.rows.device
     if device.type == "cuda":
@@ -57,13 +57,14 @@ class WideLinear(nn.Module):
     def __init__(self, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> None:
         super().__init__()
         self.activations, self.rule = work.activations, work.rule
-        self.width = work.width
+        self.width, self.form = work.width, FORMS[work.weights]
+        lay_out = prepare_mxfp8 if work.weights == "mxfp8" else prepare_fp4
         weights, rows, places, first = [], [], [], 0
         for linear in linears:  # each has its own padding: its rows are found again by `places`
-            plane = prepare_fp4(linear)
+            plane = lay_out(linear)
             weights.append(plane.weights)
             rows.append(plane.rows)
-            places.append(torch.arange(first, first + len(linear["weight_packed"])))
+            places.append(torch.arange(first, first + len(linear["weight_scale"])))
             first += len(plane.rows)
         self.outputs = first
         index = torch.cat(places).to(rows[0].device)
@@ -101,7 +102,7 @@ class WideLinear(nn.Module):
             self.weights,
             self.rows,
             self.width,
-            FORM,
+            self.form,
             None,
             count,
             self.outputs,

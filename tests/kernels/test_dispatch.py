@@ -54,7 +54,7 @@ def test_blackwell_runs_every_pair(
     assert choice.reason == ""
 
 
-@pytest.mark.parametrize("pair", [("nvfp4", "nvfp4"), ("mxfp4", "mxfp8")])
+@pytest.mark.parametrize("pair", [("nvfp4", "nvfp4"), ("mxfp4", "mxfp8"), ("mxfp8", "mxfp8")])
 def test_untried_kernels_are_asked_for(
     pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

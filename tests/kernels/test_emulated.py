@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import gemm
 from quantkit.errors import QuantkitError
-from quantkit.formats import mxfp4, nvfp4
+from quantkit.formats import mxfp4, mxfp8, nvfp4
 from quantkit.kernels import dispatch, reference, sm90, sm90_tiles, sm90_wide
 from quantkit.pack.scheme import SiteFormat
 from tests.kernels.test_sm90 import exact, layer, relative_error, work
@@ -197,9 +197,12 @@ def wide_layer(weights: str, activations: str, outputs: int, width: int, seed: i
         names = ("weight_packed", "weight_scale", "weight_global_scale")
         tensors |= dict(zip(names, nvfp4.quantize(weight), strict=True))
         tensors["input_global_scale"] = torch.tensor([37.5])
-    else:
+    elif weights == "mxfp4":
         names = ("weight_packed", "weight_scale")
         tensors |= dict(zip(names, mxfp4.quantize(weight, "even"), strict=True))
+    else:
+        names = ("weight", "weight_scale")
+        tensors |= dict(zip(names, mxfp8.quantize(weight, "even"), strict=True))
     fmt = SiteFormat(weights, activations)
 
     def expected(x: torch.Tensor) -> torch.Tensor:
@@ -211,11 +214,11 @@ def wide_layer(weights: str, activations: str, outputs: int, width: int, seed: i
     return tensors, expected
 
 
-@pytest.mark.parametrize("formats", [("nvfp4", "nvfp4"), ("mxfp4", "mxfp8")])
+@pytest.mark.parametrize("formats", [("nvfp4", "nvfp4"), ("mxfp4", "mxfp8"), ("mxfp8", "mxfp8")])
 @pytest.mark.parametrize(
     ("width", "outputs", "tokens"), [(512, (128, 60), 5), (1120, (192,), 16), (672, (320,), 270)]
 )
-def test_fp4_in_bfloat16_is_exact_up_to_its_sum(
+def test_products_in_bfloat16_are_exact_up_to_their_sum(
     emulator,
     monkeypatch,
     formats: tuple[str, str],

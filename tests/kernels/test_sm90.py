@@ -170,9 +170,10 @@ def test_every_tile_compiles_without_serialized_wgmma(built):
         assert spilled <= 64, tile  # outside the main loop
 
 
-def test_fp4_in_bfloat16_compiles_without_spills_or_serialized_wgmma(built):
+@pytest.mark.parametrize("form", ["fp4 in bf16", "mxfp8 in bf16"])
+def test_bfloat16_products_compile_without_spills_or_serialized_wgmma(built, form):
     tile = sm90_tiles.plan(4096, 12288, 16).tile
-    log = built(sm90_tiles.gemm_text(tile, "fp4 in bf16", None))
+    log = built(sm90_tiles.gemm_text(tile, form, None))
     assert "C75" not in log
     assert " 0 bytes spill stores" in log
 
