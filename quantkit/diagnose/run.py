@@ -19,7 +19,7 @@ from torch import Tensor
 from quantkit import console
 from quantkit.checkpoint.ancestry import origin
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.step import open_source, versions
+from quantkit.checkpoint.step import open_source, peak_memory, versions
 from quantkit.data.tokens import TokenBatch, load_tokens
 from quantkit.diagnose.observe import Observations, Observer
 from quantkit.diagnose.packing import rounder
@@ -148,7 +148,9 @@ def dry_run(checkpoint: str | Path | None, options: Options) -> dict[str, Any]:
         "whole_passes": sum(runs) / layout.n_layers,
         "passes_if_run_apart": len(arrangements),
         "seconds": seconds,
-        "peak_memory_bytes": min(max(runs) * state, STATE_MEMORY) + (2 + len(jobs)) * block,
+        "peak_memory_bytes": peak_memory()
+        + min(max(runs) * state, STATE_MEMORY)
+        + (2 + len(jobs)) * block,
     }
 
 

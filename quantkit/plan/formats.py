@@ -28,6 +28,7 @@ CANDIDATES: Mapping[str, PackOptions] = {
     "mxfp4 + fp8 1/4, Hadamard 32": replace(_FREE, scheme="mxfp4", hadamard=32),
     "mxfp4 + fp8 1/2, Hadamard 32": replace(_FREE, scheme="mxfp4", hadamard=32, branch_bits=0.5),
     "nvfp4": PackOptions("nvfp4", hadamard=0),
+    "nvfp4 + fp8 1/8": replace(_FREE, hadamard=0, branch_bits=0.125),
     "nvfp4 + fp8 1/4": replace(_FREE, hadamard=0),
     "nvfp4 + fp8 1/2": replace(_FREE, hadamard=0, branch_bits=0.5),
     "nvfp4 + fp8 1": replace(_FREE, hadamard=0, branch_bits=1.0),

@@ -16,7 +16,7 @@ import torch
 
 from quantkit import console
 from quantkit.checkpoint.reader import Checkpoint
-from quantkit.checkpoint.step import open_source, versions
+from quantkit.checkpoint.step import open_source, peak_memory, versions
 from quantkit.data.tokens import TokenBatch, load_tokens
 from quantkit.diagnose.packing import rounder
 from quantkit.diagnose.run import unpacked
@@ -171,7 +171,9 @@ def dry_run(checkpoint: str | Path | None, options: Options) -> dict[str, Any]:
         "formats": list(setting.jobs),
         "plans": plans,
         "seconds": judging + running,
-        "peak_memory_bytes": (layout.n_layers + 2) * state + (4 + len(setting.jobs)) * block,
+        "peak_memory_bytes": peak_memory()
+        + (layout.n_layers + 2) * state
+        + (4 + len(setting.jobs)) * block,
     }
 
 
