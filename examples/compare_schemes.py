@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--samples", type=int, help="windows to round on; default: calibration's")
     parser.add_argument("--jobs", type=int, default=1, help="schemes measured at the same time")
-    parser.add_argument("--only", default="", help="only schemes that contain this word")
+    parser.add_argument("--only", default="", help="make only rows whose name has this in it")
     parser.add_argument("--peers", type=Path, help="results of examples/peer_losses.py")
     parser.add_argument("-o", "--output", default="schemes", help="without .json, .md, .png")
     options = parser.parse_args()
@@ -274,7 +274,7 @@ def main() -> None:
     except KeyboardInterrupt:
         interrupted = True
     lines = lines_of(table, list(SCHEMES), read_peers(options.peers, table))
-    rows = cells(table, [line for line in lines if line.peer or options.only in line.name])
+    rows = cells(table, lines)
     file.with_suffix(".md").write_text(markdown(rows))
     plot(lines, file.with_suffix(".png"))
     print(console.table(HEADER, rows))

@@ -111,7 +111,10 @@ def run(
         str | None,
         typer.Option(help="Text that gptq and learned round on. Default: that of the calibration."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Windows of that text.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Windows of that text. Default: the calibration's; gptq: at most 32."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the windows.")] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda or auto: where gptq and learned compute.")

@@ -17,7 +17,8 @@ from quantkit.pack.scheme import SiteFormat
 class SharedInput:
     """The linears of a site quantize their input once: the last one's operand is remembered.
 
-    `replay` is the operand of a batch that was seen before; whatever x then is, it is taken.
+    `replay` is the operand [tokens, n] of a batch that was seen before; it is taken for every x of
+    as many tokens, whatever x is (depth registers go through the same linears, fewer at a time).
     """
 
     def __init__(self, fmt: SiteFormat, rule: str) -> None:
@@ -28,7 +29,7 @@ class SharedInput:
 
     def operand(self, x: Tensor, channels: Tensor | None, divisor: Tensor | None) -> Tensor:
         """The operand of x as the runtime makes it."""
-        if self.replay is not None:
+        if self.replay is not None and len(self.replay) == x.shape[:-1].numel():
             return self.replay.view(*x.shape[:-1], -1)
         if self._x is not x or self._operand is None:
             self._x = x

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from quantkit.data.tokens import TokenBatch
 
 
+GPTQ_WINDOWS = 32  # of the text: 32 thousand tokens for second moments of some thousand columns
+
+
 @dataclass(frozen=True)
 class PackResult:
     """What was packed and where it is."""
@@ -113,7 +116,10 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
 
 
 def rounding_text(source: Checkpoint, options: PackOptions) -> TokenBatch:
-    """The text that gptq and learned round on: `--data`, or what calibration used."""
+    """The text that gptq and learned round on: `--data`, or what calibration used.
+
+    gptq takes GPTQ_WINDOWS of it unless told otherwise.
+    """
     from quantkit.data.tokens import load_tokens
 
     calibrated = source.manifest.last("calibrate") if source.manifest else None
@@ -124,10 +130,13 @@ def rounding_text(source: Checkpoint, options: PackOptions) -> TokenBatch:
             f"--rounding {options.rounding} rounds on text",
             f"give --data, or: quantkit calibrate {source.path}",
         )
+    samples = options.samples or recorded.get("samples") or 64
+    if options.rounding == "gptq" and options.samples is None:
+        samples = min(samples, GPTQ_WINDOWS)
     tokens = load_tokens(
         spec,
         source.path,
-        samples=options.samples or recorded.get("samples") or 64,
+        samples=samples,
         seq_len=recorded.get("seq_len"),
         seed=options.seed,
     )

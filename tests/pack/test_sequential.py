@@ -65,7 +65,7 @@ def test_deterministic_and_blind_to_global_random_state(
     assert same(one, two)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "depth_register_llama"])
 @pytest.mark.parametrize("options", RECIPES[:3], ids=lambda o: o.scheme)
 def test_families_load(family: str, options: PackOptions, tmp_path: Path) -> None:
     source = calibrate_tiny(tmp_path, family)
