@@ -36,12 +36,13 @@ STEPS: tuple[tuple[str, list[str], str, tuple[str, ...]], ...] = (
     ("separate-outliers", [], "model-calibrated", ()),
     ("rotate", ["--kind", "hadamard"], "model-separated", ("model-rotated",)),
     ("pack", ["--scheme", "osc", "--device", "cpu"], "model-separated", ()),
+    ("export", ["--fold-outliers", "--windows", "0"], "model-osc", ()),
 )
 PREDICTED = ("calibrate", "pack")
 
 
-def run(command: list[str], folder: Path) -> tuple[str, int, float]:
-    """Run a command; gives its output, its peak resident bytes and its seconds."""
+def run(command: list[str], folder: Path) -> tuple[str, int, float, float]:
+    """Run a command; gives its output, peak resident bytes, seconds and processor seconds."""
     start = time.monotonic()
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -50,7 +51,8 @@ def run(command: list[str], folder: Path) -> tuple[str, int, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return said, usage.ru_maxrss * 1024, time.monotonic() - start
+    seconds = time.monotonic() - start
+    return said, usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime
 
 
 def one_size(folder: Path, model: Model, gigabytes: float, torch_alone: int) -> dict[str, Any]:
@@ -69,13 +71,14 @@ def one_size(folder: Path, model: Model, gigabytes: float, torch_alone: int) -> 
         command = [sys.executable, "-m", "quantkit", verb, source, *options]
         row: dict[str, Any] = {}
         if verb in PREDICTED:
-            said, _, seconds = run([*command, "--dry-run", "--json"], folder)
+            said, _, seconds, _ = run([*command, "--dry-run", "--json"], folder)
             plan = json.loads(said)
             row["predicted_above"] = plan["peak_memory_bytes"] - torch_alone
             row["predicted_seconds"] = plan["seconds"]
             row["dry_run_seconds"] = round(seconds, 1)
-        _, most, seconds = run([*command, "-q"], folder)
-        row |= {"peak": most, "above": most - torch_alone, "seconds": round(seconds, 1)}
+        _, most, seconds, busy = run([*command, "-q"], folder)
+        row |= {"peak": most, "above": most - torch_alone}
+        row |= {"seconds": round(seconds, 1), "processor_seconds": round(busy, 1)}
         steps[verb] = row
         print(f"{size / 1e9:5.2f} GB  {verb:18s} {shown(row)}", file=sys.stderr, flush=True)
         for name in finished:
@@ -88,9 +91,10 @@ def one_size(folder: Path, model: Model, gigabytes: float, torch_alone: int) -> 
 def shown(row: dict[str, Any]) -> str:
     """One step's row for people."""
     text = f"{row['above'] / 1e6:6.0f} MB {row['seconds']:6.1f} s"
+    text += f" ({row['processor_seconds']:.1f} s of processors)"
     if "predicted_seconds" in row:
-        text += f"  (foretold {row['predicted_above'] / 1e6:.0f} MB,"
-        text += f" {row['predicted_seconds']:.1f} s)"
+        text += f", foretold {row['predicted_above'] / 1e6:.0f} MB,"
+        text += f" {row['predicted_seconds']:.1f} s"
     return text
 
 
@@ -99,14 +103,14 @@ def table(results: list[dict[str, Any]]) -> str:
     dense = [r for r in results if not r["experts"]]
     names = [f"{r['gigabytes']:.1f} GB" + (" MoE" if r["experts"] else "") for r in results]
     lines = [
-        f"| step | {' | '.join(names)} | memory grows | time per GB |",
+        f"| step | {' | '.join(names)} | memory grows | processor time per GB |",
         "|---|" + "---|" * (len(names) + 2),
     ]
     for verb, *_ in STEPS:
-        cells = [shown(r["steps"][verb]).strip().replace(" s", " s") for r in results]
+        cells = [shown(r["steps"][verb]).strip() for r in results]
         first, last = (r["steps"][verb] for r in (dense[0], dense[-1]))
         growth = f"{100 * (last['above'] / first['above'] - 1):+.0f} %"
-        rates = [r["steps"][verb]["seconds"] / r["gigabytes"] for r in dense]
+        rates = [r["steps"][verb]["processor_seconds"] / r["gigabytes"] for r in dense]
         span = f"{min(rates):.1f} to {max(rates):.1f} s"
         lines.append(f"| {verb} | {' | '.join(cells)} | {growth} | {span} |")
     return "\n".join(lines)
@@ -122,9 +126,12 @@ def main() -> None:
     options = parser.parse_args()
     kept = options.output.with_suffix(".json") if options.output else None
     results = json.loads(kept.read_text()) if kept and kept.exists() else []
+    again = {(0, DENSE.layers(size)) for size in options.sizes}
+    again.add((MIXTURE.experts, MIXTURE.layers(options.moe)))
+    results = [r for r in results if (r["experts"], r["layers"]) not in again]
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        _, torch_alone, _ = run([sys.executable, "-c", "import torch"], folder)
+        _, torch_alone, *_ = run([sys.executable, "-c", "import torch"], folder)
         wanted = [(DENSE, size) for size in options.sizes]
         wanted += [(MIXTURE, options.moe)] if options.moe else []
         for model, size in wanted:
