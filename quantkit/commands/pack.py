@@ -168,4 +168,5 @@ def run(
         console.result(*preview(checkpoint, options, target))
         return
     done = pack(checkpoint, options, target)
-    console.result(done.as_json(), done.as_text(), str(done.output))
+    if done is not None:
+        console.result(done.as_json(), done.as_text(), str(done.output))

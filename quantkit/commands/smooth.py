@@ -102,4 +102,5 @@ def run(
         console.result(*preview(checkpoint, options, target))
         return
     result = smooth.smooth(checkpoint, options, target)
-    console.result(result.to_json(), result.text(), str(result.output))
+    if result is not None:
+        console.result(result.to_json(), result.text(), str(result.output))

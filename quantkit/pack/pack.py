@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import console
+from quantkit.calibrate.parallel import Ranks, joined
 from quantkit.checkpoint.measure import sizes
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.step import OpenStep, Target, begin_step, open_source, output_of
@@ -15,7 +16,7 @@ from quantkit.errors import UsageError
 from quantkit.export import compressed_tensors
 from quantkit.pack.balance import EditedCheckpoint
 from quantkit.pack.job import Job, PackOptions, prepare
-from quantkit.pack.plain import pack_sites
+from quantkit.pack.plain import help_packing, pack_sites
 from quantkit.pack.recipes import resolved
 from quantkit.pack.rounding import FROM_INPUTS
 from quantkit.pack.scheme import Scheme
@@ -66,17 +67,31 @@ class PackResult:
         )
 
 
-def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) -> PackResult:
+def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) -> PackResult | None:
     """Write a packed checkpoint beside its source, holding one fused group of weights at a time.
 
-    Raises InputRejected for a packed or damaged input, NaN weights, a stale plan or stale
-    statistics, and widths that do not fit; UsageError for options that do not go together.
+    Under a launcher of several processes each rounds its share of the groups (rounding on text is
+    one process's work); the first one writes and alone gets a result. Raises InputRejected for a
+    packed or damaged input, NaN weights, a stale plan or stale statistics, and widths that do not
+    fit; UsageError for options that do not go together.
     """
-    options = resolved(options)
+    with joined() as ranks:
+        return _pack(checkpoint, resolved(options), target, ranks)
+
+
+def _pack(
+    checkpoint: str | Path | None, options: PackOptions, target: Target, ranks: Ranks
+) -> PackResult | None:
     source = open_source(checkpoint)
-    output_of(source, suffix(options), target)  # refused before anything is computed
-    job = prepare(source, options)
     on_text = options.rounding in FROM_INPUTS and options.dtype is None
+    if ranks.first:
+        output_of(source, suffix(options), target)  # refused before anything is computed
+    elif on_text:
+        return None
+    job = prepare(source, options)
+    if not ranks.first:
+        help_packing(job, options, ranks)
+        return None
     tokens = rounding_text(source, options) if on_text else None
     config = packed_config(job, options)
     method = config["quantization_config"]["quant_method"]
@@ -99,7 +114,7 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
             step.notes["data"] = tokens.description
             linears = Sequential(step, job, options, tokens).run()
         else:
-            linears = pack_sites(step, job, options)
+            linears = pack_sites(step, job, options, ranks)
         _write_edited(step, job)
         step.writer.keep_rest()
         step.writer.write_file("config.json", (json.dumps(config, indent=2) + "\n").encode())

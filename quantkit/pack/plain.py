@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from quantkit import console
 from quantkit.calibrate.layerwise import choose_device
+from quantkit.calibrate.parallel import Ranks
 from quantkit.checkpoint.step import OpenStep
 from quantkit.model.sites import Linear, Site, read_weight
 from quantkit.pack.group import fused_groups, is_done, tensors_of_group, weights_of_group
@@ -23,32 +25,61 @@ from quantkit.pack.separate import branch_tensors
 Group = tuple[Site, SiteFormat, list[Linear]]  # linears that are rounded together
 
 
-def pack_sites(step: OpenStep, job: Job, options: PackOptions) -> int:
+def pack_sites(step: OpenStep, job: Job, options: PackOptions, ranks: Ranks) -> int:
     """Pack every site that has a format; returns the number of linears."""
-    linears = 0
-    device = choose_device(options.device)
-    work: list[Group] = []
-    for site in job.layout.sites:
-        fmt = job.format(site)
-        if fmt is None:
-            continue
-        linears += len(site.linears)
-        for linear in site.linears:
+    work = _groups(job)
+    for _, _, group in work:
+        for linear in group:
             step.writer.drop(linear.tensor)
-        groups = [g for g in fused_groups(site) if not is_done(step.writer, fmt, g)]
-        work += [(site, fmt, group) for group in groups]
-    with console.progress("pack", len(work)) as progress:
-        for (site, fmt, group), stored in _read_ahead(job, work, device):
-            found = packed_group(job, site, fmt, group, options, device, stored)
-            step.writer.write_group(found)
-            progress.advance(detail=site.key)
+    left = [i for i, (_, fmt, group) in enumerate(work) if not is_done(step.writer, fmt, group)]
+    ranks.broadcast(left)
+    with console.progress("pack", len(left)) as progress:
+        for tensors in _packed([work[i] for i in left], job, options, ranks):
+            step.writer.write_group(tensors)
+            del tensors  # before the next ones are made
+            progress.advance()
     for layer in range(job.layout.n_layers):
         sites = job.layout.layer_sites(layer)
         if any(s.expert is not None and job.format(s) for s in sites):
             for site in sites:
                 if job.format(site) is None:
                     _unfuse(step, job, site)
-    return linears
+    return sum(len(group) for _, _, group in work)
+
+
+def help_packing(job: Job, options: PackOptions, ranks: Ranks) -> None:
+    """A further process's part of `pack_sites`: rounds its share, writes nothing."""
+    work = _groups(job)
+    for _ in _packed([work[i] for i in ranks.broadcast()], job, options, ranks):
+        pass
+
+
+def _groups(job: Job) -> list[Group]:
+    found = ((site, job.format(site)) for site in job.layout.sites)
+    return [(s, fmt, group) for s, fmt in found if fmt is not None for group in fused_groups(s)]
+
+
+def _packed(
+    left: Sequence[Group], job: Job, options: PackOptions, ranks: Ranks
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors of every group in order, for the first process; the others make their share."""
+    device = choose_device(options.device, ranks)
+    rounds = -(-len(left) // ranks.size)
+    mine = [left[i] for i in range(ranks.rank, len(left), ranks.size)]
+    coming = _read_ahead(job, mine, device)
+    for _ in range(rounds):
+        found: dict[str, Tensor] = {}
+        for (site, fmt, group), stored in islice(coming, 1):
+            found = packed_group(job, site, fmt, group, options, device, stored)
+        if ranks.size == 1:
+            yield found
+            continue
+        # As safetensors: 8-bit floats cannot be pickled; names apart, for their order.
+        whole = {name: tensor.cpu().clone() for name, tensor in found.items()}  # none shared
+        for names, data in ranks.gather((list(found), save(whole))):
+            if names:
+                received = load(data)
+                yield {name: received[name] for name in names}
 
 
 def _read_ahead(

@@ -25,6 +25,7 @@ from quantkit import console
 from quantkit.calibrate import store
 from quantkit.calibrate.hidden import write_durably
 from quantkit.calibrate.layerwise import choose_device
+from quantkit.calibrate.parallel import Ranks, joined
 from quantkit.checkpoint.manifest import online_hadamards
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.step import Target, begin_step, open_source, output_of
@@ -107,17 +108,22 @@ def _shown(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known before the first site: input, output, text and statistics."""
+    """What is known before the first site: input, output (first process), text and statistics."""
 
     source: Checkpoint
     layout: ModelLayout
-    output: Path
+    output: Path | None
     device: torch.device
     statistics: store.Statistics | None
     tokens: TokenBatch | None
 
 
-def opened(checkpoint: str | Path | None, options: SmoothOptions, target: Target) -> Setting:
+def opened(
+    checkpoint: str | Path | None,
+    options: SmoothOptions,
+    target: Target,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+) -> Setting:
     """Open and check everything a run needs. Raises what `smooth` does."""
     source = open_source(checkpoint)
     if "quantization_config" in source.config:
@@ -126,8 +132,8 @@ def opened(checkpoint: str | Path | None, options: SmoothOptions, target: Target
         )
     layout = describe(source.config, source.tensors)
     _check(options)
-    device = choose_device(options.device)
-    output = output_of(source, "smoothed", target)
+    device = choose_device(options.device, ranks)
+    output = output_of(source, "smoothed", target) if ranks.first else None
     statistics = store.load_statistics(source) if (source.path / store.FILE).exists() else None
     rules = options.method.name in ("max", "quantile")
     if rules and not options.method.check and statistics is None:
@@ -139,13 +145,34 @@ def opened(checkpoint: str | Path | None, options: SmoothOptions, target: Target
     return Setting(source, layout, output, device, statistics, tokens)
 
 
-def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target) -> SmoothResult:
+def smooth(
+    checkpoint: str | Path | None, options: SmoothOptions, target: Target
+) -> SmoothResult | None:
     """Write the smoothed checkpoint; its function is the input's.
 
-    Raises InputRejected for packed checkpoints, stale statistics and bad data, UsageError for
-    options that make no sense.
+    Under a launcher of several processes each decides its share of the sites; the first one writes
+    and alone gets a result. Raises InputRejected for packed checkpoints, stale statistics and bad
+    data, UsageError for options that make no sense.
     """
-    setting = opened(checkpoint, options, target)
+    with joined() as ranks:
+        setting = opened(checkpoint, options, target, ranks)
+        if ranks.first:
+            return _write(setting, options, target, ranks)
+        folder = Path(ranks.broadcast())
+        run = Run(
+            setting.source,
+            folder,
+            setting.layout,
+            options,
+            setting.statistics,
+            setting.device,
+            ranks,
+        )
+        run.decisions(setting.tokens)
+        return None
+
+
+def _write(setting: Setting, options: SmoothOptions, target: Target, ranks: Ranks) -> SmoothResult:
     source, layout = setting.source, setting.layout
     tokens, statistics = setting.tokens, setting.statistics
     with begin_step(
@@ -161,7 +188,8 @@ def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target
         },
     ) as step:
         scratch = step.writer.scratch
-        run = Run(source, scratch, layout, options, statistics, setting.device)
+        ranks.broadcast(str(scratch))
+        run = Run(source, scratch, layout, options, statistics, setting.device, ranks)
         decisions = run.decisions(tokens)
         scales = {key: d.scale for key, d in decisions.items() if d.scale is not None}
         edits: fold.Edits = {}
@@ -182,7 +210,10 @@ def smooth(checkpoint: str | Path | None, options: SmoothOptions, target: Target
 
 
 class Run:
-    """One smoothing run: finds the scale of every site, and finds again what was found before."""
+    """One smoothing run: finds the scale of every site, and finds again what was found before.
+
+    Scales lie in `scratch`, site by site: an interrupted run and other processes find them there.
+    """
 
     def __init__(
         self,
@@ -192,24 +223,35 @@ class Run:
         options: SmoothOptions,
         statistics: store.Statistics | None,
         device: torch.device,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
     ) -> None:
         self.source, self.scratch = source, scratch
         self.layout, self.options = layout, options
-        self.statistics, self.device = statistics, device
+        self.statistics, self.device, self.ranks = statistics, device, ranks
         self.sites = [site for site in layout.sites if site.kind in options.sites]
         self.online = recorded_hadamards(source)
 
     def decisions(self, tokens: TokenBatch | None) -> dict[str, Decision]:
         """Decide every site, in the order of the model."""
         found = {s.key: d for s in self.sites if (d := self._kept(s.key)) is not None}
-        left = [site for site in self.sites if site.key not in found]
+        # What was found is the first process's to say: others may already be adding to it.
+        known = self.ranks.broadcast(list(found))
+        left = [site for site in self.sites if site.key not in known]
         if found and left:
             console.note(f"continuing: the scales of {len(found)} sites are known")
-        with console.progress("smooth", len(left)) as progress:
-            for site, observed in self._observed(left, tokens):
+        # By layer too, else one process of four would get every down projection.
+        rank, size = self.ranks.rank, self.ranks.size
+        mine = [site for i, site in enumerate(left) if (i + site.layer) % size == rank]
+        with console.progress("smooth", len(mine)) as progress:
+            for site, observed in self._observed(mine, tokens):
                 found[site.key] = self._decide(site, observed)
                 progress.advance(detail=site.key)
-        return {site.key: found[site.key] for site in self.sites}
+        self.ranks.barrier()
+        if self.ranks.first:
+            for site in left:
+                if site.key not in found and (decided := self._kept(site.key)) is not None:
+                    found[site.key] = decided
+        return {site.key: found[site.key] for site in self.sites if site.key in found}
 
     def _observed(self, left: list[Site], tokens: TokenBatch | None) -> Any:
         if tokens is None or not left:

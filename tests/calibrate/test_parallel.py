@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,7 @@ from quantkit.calibrate.layerwise import Options, calibrate
 from quantkit.calibrate.parallel import Ranks
 from quantkit.calibrate.store import FILE
 from quantkit.checkpoint.step import Target
+from tests.ranks import free_port, run_ranks
 from tests.tiny import VOCAB, save_tiny
 
 SAMPLES, SEQ = 11, 1024  # three batches, the last one smaller
@@ -46,12 +45,6 @@ def start(rank: int, size: int, port: int, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -61,31 +54,18 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "model"
 
 
-def one_rank(rank: int, size: int, port: int, output: str) -> None:
-    torch.set_num_threads(1)  # a forked process cannot use its parent's threads
-    os.environ |= {"WORLD_SIZE": str(size), "RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+def calibrate_over(size: int, output: str) -> None:
     options = Options(data="tokens.safetensors:ids", samples=SAMPLES, device="cpu")
-    calibrate("model", options, Target(output=Path(output)))
-
-
-def run_ranks(size: int, output: str) -> None:
-    """Run all processes forked from this one: nothing has to be imported again."""
-    context, port = multiprocessing.get_context("fork"), free_port()
-    ranks = [context.Process(target=one_rank, args=(r, size, port, output)) for r in range(size)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
+    codes = run_ranks(size, lambda: calibrate("model", options, Target(output=Path(output))))
+    assert codes == [0] * size
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_two_processes_equal_one(model: Path, family: str) -> None:
     more = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
     save_tiny(model, family, torch.bfloat16, max_position_embeddings=SEQ, **more)
-    run_ranks(1, "one")
-    run_ranks(2, "two")
+    calibrate_over(1, "one")
+    calibrate_over(2, "two")
     one, two = load_file(Path("one", FILE)), load_file(Path("two", FILE))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
