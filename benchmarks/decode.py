@@ -1,6 +1,6 @@
 """Decode speed of a Qwen3-8B-shaped model with random weights: bfloat16, FP8 W8A8 and packed.
 
-    python benchmarks/decode.py --batch 1,8,32 --json decode.json
+    python benchmarks/decode.py --batch 1,8,32 --json decode.json --markdown decode.md
 
 Each model generates through transformers' own `generate` with a static cache and its compiled
 decoding step (CUDA graphs); FP8 is torch's per-token scaled_mm in place of every linear of a block.
@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,13 @@ def profile(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def as_text(found: dict[str, Any]) -> str:
+def markdown(headers: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def as_text(found: dict[str, Any], layout: Callable[..., str] = console.table) -> str:
     """Tokens a second and their ratios to bfloat16 and FP8."""
     models = found["models"]
     rows = []
@@ -238,7 +245,7 @@ def as_text(found: dict[str, Any]) -> str:
                 ]
             )
     headers = ["model", "batch", "ms a step", "tokens/s", "x bf16", "x fp8", "GB", "of bf16"]
-    return f"{found['device']}\n\n{console.table(headers, rows)}"
+    return f"{found['device']}\n\n{layout(headers, rows)}"
 
 
 def main() -> None:
@@ -252,6 +259,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     found = {
         "device": torch.cuda.get_device_name(),
@@ -261,6 +269,8 @@ def main() -> None:
     }
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
+    if options.markdown:
+        options.markdown.write_text(as_text(found, markdown) + "\n")
     print(as_text(found))
 
 

@@ -3,7 +3,8 @@
 A measurement is a CUDA graph of a chain of calls, each on its own copy of the weights, so that
 nothing of them is left in L2 from the call before, and no launch waits for the host. `chain` is
 activation quantization and GEMM, `gemm` the GEMM alone on operands quantized before. FP8 is the
-best of torch's scaled_mm variants, with its own per-token quantization in the chain.
+best of torch's scaled_mm variants, with its own per-token quantization in the chain. Our launches
+overlap as they do in a model (programmatic dependent launch); `benchmarks/gemm.py` times both ways.
 """
 
 from __future__ import annotations
