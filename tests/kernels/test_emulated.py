@@ -19,10 +19,9 @@ import torch
 
 from benchmarks import gemm
 from quantkit.errors import QuantkitError
-from quantkit.formats import mxfp4, mxfp8, nvfp4
-from quantkit.kernels import dispatch, reference, sm90, sm90_tiles, sm90_wide
-from quantkit.pack.scheme import SiteFormat
+from quantkit.kernels import dispatch, sm90, sm90_tiles, sm90_wide
 from tests.kernels.test_sm90 import exact, layer, relative_error, work
+from tests.kernels.test_sm90_wide import FORMATS, wide_layer
 
 SMS = 8
 EXACT = 1e-6  # relative: products are exact, an emulated sum rounds once a k-step
@@ -184,37 +183,7 @@ def test_swiglu_inside_the_activation_kernel(emulator, monkeypatch, branch: str 
     assert torch.equal(scales[:5], expected_scales[:5])
 
 
-def wide_layer(weights: str, activations: str, outputs: int, width: int, seed: int = 0):
-    """A packed linear without a branch, and the exact product of its operands."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, width, generator=generator)
-    weight *= torch.exp2(
-        3 * torch.randn(outputs, width // 32, generator=generator)
-    ).repeat_interleave(32, 1)
-    weight[:, 32:48], weight[1] = 0, 0
-    tensors = {"bias": torch.randn(outputs, generator=generator).bfloat16()}
-    if weights == "nvfp4":
-        names = ("weight_packed", "weight_scale", "weight_global_scale")
-        tensors |= dict(zip(names, nvfp4.quantize(weight), strict=True))
-        tensors["input_global_scale"] = torch.tensor([37.5])
-    elif weights == "mxfp4":
-        names = ("weight_packed", "weight_scale")
-        tensors |= dict(zip(names, mxfp4.quantize(weight, "even"), strict=True))
-    else:
-        names = ("weight", "weight_scale")
-        tensors |= dict(zip(names, mxfp8.quantize(weight, "even"), strict=True))
-    fmt = SiteFormat(weights, activations)
-
-    def expected(x: torch.Tensor) -> torch.Tensor:
-        divisor = tensors.get("input_global_scale")
-        operand = reference.quantize_activations(x.float(), activations, "even", divisor)
-        decoded = reference.dequantized_weight(tensors, fmt)
-        return operand.double() @ decoded.double().T + tensors["bias"].double()
-
-    return tensors, expected
-
-
-@pytest.mark.parametrize("formats", [("nvfp4", "nvfp4"), ("mxfp4", "mxfp8"), ("mxfp8", "mxfp8")])
+@pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize(
     ("width", "outputs", "tokens"), [(512, (128, 60), 5), (1120, (192,), 16), (672, (320,), 270)]
 )
