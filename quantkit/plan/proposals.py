@@ -128,7 +128,7 @@ class Market:
         uniform = [p for p in self.uniform() if p.bits <= bits + max(AROUND)]
         around = [bits + more for more in AROUND if bits + more >= self.least]
         asked = [self.by_kind(bits), self.by_site(bits), *self.one_number(bits)]
-        return distinct([*asked, *uniform, *map(self.by_site, around)])
+        return distinct([*uniform, *asked, *map(self.by_site, around)])
 
     def for_limit(self) -> list[Proposal]:
         """Uniform plans, and budgets from the cheapest up."""
@@ -152,11 +152,11 @@ def steadied(costs: Costs, kinds: Mapping[str, str]) -> Costs:
     levels = {key: mean(found.values()) for key, found in logs.items()}
     usual: dict[tuple[str, str], list[float]] = {}
     for key, found in logs.items():
-        for name, value in found.items():
+        for name, value in found.items() if max(costs[key].values()) > TINY else ():
             usual.setdefault((kinds[key], name), []).append(value - levels[key])
     return {
         key: {
-            name: exp((value + levels[key] + mean(usual[kinds[key], name])) / 2)
+            name: exp((value + levels[key] + mean(usual.get((kinds[key], name), [0.0]))) / 2)
             for name, value in found.items()
         }
         for key, found in logs.items()
