@@ -63,7 +63,7 @@ def run(
         ),
     ] = None,
     scale_rule: Annotated[
-        str, typer.Option(help="Rule of the block scales: floor, even, ceil, rceil or mse.")
+        str, typer.Option(help="Rule of the block scales: floor, even, even4, ceil, rceil or mse.")
     ] = "even",
     branch: Annotated[
         str | None,

@@ -108,7 +108,7 @@ def _weights(name: str, rule: str) -> dict[str, Any]:
     return _arguments(name) | {
         "dynamic": False,
         "observer": "memoryless_minmax",
-        "observer_kwargs": {} if name == "nvfp4" else {_RULE: rule},
+        "observer_kwargs": {} if name == "nvfp4" else {_RULE: "even" if rule == "even4" else rule},
     }
 
 
@@ -163,7 +163,10 @@ def read_config(data: Mapping[str, Any], layout: ModelLayout) -> Scheme:
             found[site.key] = replace(formats[number][1], hadamard=hadamards[site.key])
         if number is not None:
             rules.add(formats[number][2])
-    return from_sites(METHOD, layout, found, rules.pop() if len(rules) == 1 else "even")
+    rule = rules.pop() if len(rules) == 1 else "even"
+    if rule == "even" and any(fmt and fmt.activations == "mxfp8" for fmt in found.values()):
+        rule = "even4"  # how the library quantizes inputs; without MXFP8 the two are one
+    return from_sites(METHOD, layout, found, rule)
 
 
 def _targets(group: Any) -> list[str]:

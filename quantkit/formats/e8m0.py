@@ -4,6 +4,8 @@ Rules (amax = m * 2^p with 1 <= m < 2, emax = exponent of the element's largest 
 
     floor   p - emax                         OCP Microscaling v1.0; the block maximum may saturate
     even    as floor, after rounding amax to the element's precision
+    even4   as floor, after rounding amax to E2M1's precision, whatever the element: the scales of
+            compressed-tensors, under which E4M3 never saturates
     ceil    ceil(log2 amax) - emax           never saturates
     rceil   ceil(log2(amax / max_element))   the smallest scale that never saturates
     mse     the exponent among even - 1, even, even + 1 with the least squared error of the block
@@ -15,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.formats.element import Element
+from quantkit.formats.element import E2M1, Element
 
-RULES = ("floor", "even", "ceil", "rceil", "mse")
+RULES = ("floor", "even", "even4", "ceil", "rceil", "mse")
 NAN_EXPONENT = 128  # code 255: the whole block is NaN
 _MANTISSA = 23  # of float32
 
@@ -29,6 +31,8 @@ def carry(element: Element, rule: str) -> int:
         return 0
     if rule in ("even", "mse"):  # half a unit in the last place of the element
         return 1 << (_MANTISSA - element.mantissa_bits - 1)
+    if rule == "even4":
+        return 1 << (_MANTISSA - E2M1.mantissa_bits - 1)
     if rule == "ceil":  # any mantissa bit
         return one - 1
     if rule == "rceil":  # any mantissa above that of the largest element

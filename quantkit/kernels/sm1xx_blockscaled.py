@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from quantkit.kernels.dispatch import Work
 
 BLOCK = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
-RULES = ("floor", "even", "ceil", "rceil")
+RULES = ("floor", "even", "even4", "ceil", "rceil")
 _OUTPUT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 

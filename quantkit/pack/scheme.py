@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 WEIGHTS = ("mxfp4", "nvfp4", "mxfp8", "none")  # none: numbers stored as they are
 ACTIVATIONS = ("mxfp4", "nvfp4", "mxfp8", "none")
 BRANCHES = ("bf16", "fp8")
-RULES = ("floor", "even", "ceil", "rceil", "mse")
+RULES = ("floor", "even", "even4", "ceil", "rceil", "mse")
 GROUPS = (32, 64, 128)
 
 

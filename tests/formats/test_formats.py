@@ -72,6 +72,16 @@ def test_scale_rules_by_their_definitions(rule: str) -> None:
     assert torch.equal(e8m0.scale_exponent(amax.float(), E2M1, rule).double(), expected)
 
 
+def test_even4_never_saturates_e4m3() -> None:
+    amax = spread().abs().flatten().double()
+    p = torch.floor(torch.log2(amax))
+    exponent = e8m0.scale_exponent(amax.float(), E4M3, "even4").double()
+    assert torch.equal(exponent, p - 8 + (amax >= 1.75 * 2**p))
+    assert (amax / 2**exponent <= 448).all()
+    by_even = e8m0.scale_exponent(amax.float(), E4M3, "even").double()
+    assert (amax / 2**by_even > 448).any(), "even rounds to E4M3's own precision"
+
+
 def test_mse_rule_is_the_best_of_three() -> None:
     x = spread()
     even = e8m0.scale_exponent(x.unflatten(1, (-1, 32)).abs().amax(-1), E2M1, "even")
