@@ -28,15 +28,16 @@ MIXTURE = Model(
     hidden=1024, intermediate=512, heads=8, kv_heads=4, vocab=16000, experts=32, chosen=4
 )
 WINDOWS = (4, 128)
+TOKENS = ["--data", "tokens.safetensors:ids", "--seq-len", "128"]
 
 # Verb, options, input, and what is no longer needed behind it.
 STEPS: tuple[tuple[str, list[str], str, tuple[str, ...]], ...] = (
-    ("calibrate", ["--data", "tokens.safetensors:ids", "--device", "cpu"], "model", ()),
+    ("calibrate", [*TOKENS, "--device", "cpu"], "model", ()),
     ("smooth", ["--method", "max", "--no-check"], "model-calibrated", ("model-smoothed",)),
     ("separate-outliers", [], "model-calibrated", ()),
     ("rotate", ["--kind", "hadamard"], "model-separated", ("model-rotated",)),
     ("pack", ["--scheme", "osc", "--device", "cpu"], "model-separated", ()),
-    ("export", ["--fold-outliers", "--windows", "0"], "model-osc", ()),
+    ("export", ["--fold-outliers", "--windows", "0", *TOKENS], "model-osc", ()),
 )
 PREDICTED = ("calibrate", "pack")
 
