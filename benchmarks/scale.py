@@ -56,8 +56,10 @@ def run(command: list[str], folder: Path) -> tuple[str, int, float, float]:
     return said, usage.ru_maxrss * 1024, seconds, usage.ru_utime + usage.ru_stime
 
 
-def one_size(folder: Path, model: Model, gigabytes: float, torch_alone: int) -> dict[str, Any]:
-    """Build a checkpoint, run every step on it, and give what each one took."""
+def one_size(
+    folder: Path, model: Model, gigabytes: float, torch_alone: int, wanted: list[str]
+) -> dict[str, Any]:
+    """Build a checkpoint, run the steps on it, and give what each one took."""
     layers = model.layers(gigabytes)
     # In a process of its own: what this one holds would count as its children's.
     code = (
@@ -69,6 +71,8 @@ def one_size(folder: Path, model: Model, gigabytes: float, torch_alone: int) -> 
     size = sum(f.stat().st_size for f in (folder / "model").glob("*.safetensors"))
     steps = {}
     for verb, options, source, finished in STEPS:
+        if verb not in wanted:
+            continue
         command = [sys.executable, "-m", "quantkit", verb, source, *options]
         row: dict[str, Any] = {}
         if verb in PREDICTED:
@@ -108,11 +112,14 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|" + "---|" * (len(names) + 2),
     ]
     for verb, *_ in STEPS:
-        cells = [shown(r["steps"][verb]).strip() for r in results]
-        first, last = (r["steps"][verb] for r in (dense[0], dense[-1]))
-        growth = f"{100 * (last['above'] / first['above'] - 1):+.0f} %"
-        rates = [r["steps"][verb]["processor_seconds"] / r["gigabytes"] for r in dense]
-        span = f"{min(rates):.1f} to {max(rates):.1f} s"
+        cells = [shown(r["steps"][verb]).strip() if verb in r["steps"] else "" for r in results]
+        ran = [r for r in dense if verb in r["steps"]]
+        growth = span = ""
+        if ran:
+            first, last = (r["steps"][verb]["above"] for r in (ran[0], ran[-1]))
+            growth = f"{100 * (last / first - 1):+.0f} %"
+            rates = [r["steps"][verb]["processor_seconds"] / r["gigabytes"] for r in ran]
+            span = f"{min(rates):.1f} to {max(rates):.1f} s"
         lines.append(f"| {verb} | {' | '.join(cells)} | {growth} | {span} |")
     return "\n".join(lines)
 
@@ -122,6 +129,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--sizes", type=float, nargs="*", default=[1, 2, 4, 8], help="gigabytes")
     parser.add_argument("--moe", type=float, default=2, help="gigabytes of the mixture; 0: none")
+    verbs = [verb for verb, *_ in STEPS]
+    parser.add_argument("--steps", nargs="+", default=verbs, choices=verbs)
     parser.add_argument("--folder", type=Path, help="where to work (an empty folder is made there)")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     options = parser.parse_args()
@@ -136,7 +145,7 @@ def main() -> None:
         wanted = [(DENSE, size) for size in options.sizes]
         wanted += [(MIXTURE, options.moe)] if options.moe else []
         for model, size in wanted:
-            results.append(one_size(folder, model, size, torch_alone))
+            results.append(one_size(folder, model, size, torch_alone, options.steps))
     results.sort(key=lambda found: (found["experts"], found["gigabytes"]))
     if kept:
         kept.write_text(json.dumps(results, indent=1) + "\n")
