@@ -59,6 +59,11 @@ def recipe(name: str, rounding: str, branch_bits: float | None = None) -> PackOp
     return PackOptions(name, rounding=rounding, branch_bits=branch_bits)
 
 
+def fitted(name: str, branch_bits: float | None = None) -> PackOptions:
+    """A recipe with balanced channels, aiming at the unquantized model's outputs."""
+    return replace(recipe(name, "gptq", branch_bits), balance=True, asymmetric=True)
+
+
 SCHEMES: dict[str, PackOptions] = {
     "mxfp4, floor": PackOptions("mxfp4", scale_rule="floor"),
     "mxfp4, rceil": PackOptions("mxfp4", scale_rule="rceil"),
@@ -67,21 +72,26 @@ SCHEMES: dict[str, PackOptions] = {
     "mxfp4, gptq": PackOptions("mxfp4", rounding="gptq"),
     "w4a4-plain, rtn": recipe("w4a4-plain", "rtn"),
     "w4a4-plain, gptq": recipe("w4a4-plain", "gptq"),
+    "w4a4-plain, gptq, asymmetric": fitted("w4a4-plain"),
     "w4a4-plain, learned": recipe("w4a4-plain", "learned"),
     "w4a4-mx, branch of 0.25 bits, rtn": recipe("w4a4-mx", "rtn", 0.25),
     "w4a4-mx, branch of 0.25 bits, gptq": recipe("w4a4-mx", "gptq", 0.25),
+    "w4a4-mx, branch of 0.25 bits, gptq, balanced, asymmetric": fitted("w4a4-mx", 0.25),
     "w4a4-mx, branch of 0.25 bits, learned": recipe("w4a4-mx", "learned", 0.25),
     "w4a4-mx, branch of 0.5 bits, rtn": recipe("w4a4-mx", "rtn", 0.5),
     "w4a4-mx, branch of 0.5 bits, gptq": recipe("w4a4-mx", "gptq", 0.5),
+    "w4a4-mx, branch of 0.5 bits, gptq, balanced, asymmetric": fitted("w4a4-mx", 0.5),
     "w4a4-mx, branch of 0.5 bits, learned": recipe("w4a4-mx", "learned", 0.5),
     "nvfp4, rtn": PackOptions("nvfp4"),
     "nvfp4, gptq": PackOptions("nvfp4", rounding="gptq"),
     "nvfp4, gptq, four over six": PackOptions("nvfp4", rounding="gptq", four_over_six=True),
     "w4a4, branch of 0.25 bits, rtn": recipe("w4a4", "rtn", 0.25),
     "w4a4, branch of 0.25 bits, gptq": recipe("w4a4", "gptq", 0.25),
+    "w4a4, branch of 0.25 bits, gptq, balanced, asymmetric": fitted("w4a4", 0.25),
     "w4a4, branch of 0.25 bits, learned": recipe("w4a4", "learned", 0.25),
     "w4a4, branch of 1.2 bits, rtn": recipe("w4a4", "rtn", 1.2),
     "w4a4, branch of 1.2 bits, gptq": recipe("w4a4", "gptq", 1.2),
+    "w4a4, branch of 1.2 bits, gptq, balanced, asymmetric": fitted("w4a4", 1.2),
     "w4a4, branch of 1.2 bits, learned": recipe("w4a4", "learned", 1.2),
     **{
         f"osc, groups of {group}, {rounding}": osc(group, rounding)

@@ -103,11 +103,14 @@ def plot(lines: Sequence[Line], file: Path) -> None:
         axes.plot(line.bits, max(line.excess, 1e-4), marker, color=colour, markersize=5)
         if line in best or line.peer:
             at = (line.bits, max(line.excess, 1e-4))
-            axes.annotate(line.name, at, (5, -3), textcoords="offset points", fontsize=6)
+            axes.annotate(line.name, at, (5, 4), textcoords="offset points", fontsize=6)
     corners = [(line.bits, max(line.excess, 1e-4)) for line in best]
     if corners:
         axes.step(*zip(*corners, strict=True), where="post", color="#bbbbbb", linewidth=1, zorder=0)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.margins(x=0.25)
     axes.set_xlabel("bits per weight, everything on disk")
     axes.set_ylabel("excess loss, nats per token")
     axes.grid(True, which="both", alpha=0.2)
