@@ -134,16 +134,21 @@ def _arguments(name: str) -> dict[str, Any]:
     }
 
 
-def read_config(data: Mapping[str, Any], layout: ModelLayout) -> Scheme:
-    """The scheme a compressed-tensors configuration describes, for the formats quantkit has.
-
-    InputRejected for anything else.
-    """
+def check_method(data: Mapping[str, Any]) -> None:
+    """InputRejected when the configuration is not compressed-tensors'."""
     if data.get("quant_method") != METHOD:
         raise InputRejected(
             f"quant_method {str(data.get('quant_method'))[:40]!r} is not one quantkit runs",
             f"it runs quantkit and {METHOD}; `quantkit inspect` shows what the checkpoint is",
         )
+
+
+def read_config(data: Mapping[str, Any], layout: ModelLayout) -> Scheme:
+    """The scheme a compressed-tensors configuration describes, for the formats quantkit has.
+
+    InputRejected for anything else.
+    """
+    check_method(data)
     groups, ignore = data.get("config_groups"), data.get("ignore") or []
     if not isinstance(groups, dict) or not isinstance(ignore, list) or not groups:
         raise InputRejected("quantization_config: config_groups are not understood")

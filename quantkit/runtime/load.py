@@ -69,7 +69,7 @@ def scheme_of(checkpoint: Checkpoint) -> Scheme | None:
 
     InputRejected for other quantization methods.
     """
-    from quantkit.export.compressed_tensors import read_config
+    from quantkit.export.compressed_tensors import check_method, read_config
     from quantkit.model.families import describe
 
     data = checkpoint.config.get("quantization_config")
@@ -77,4 +77,5 @@ def scheme_of(checkpoint: Checkpoint) -> Scheme | None:
         return None
     if data.get("quant_method") == METHOD:
         return from_json(data)
+    check_method(data)  # first: other methods' tensors have shapes of their own
     return read_config(data, describe(checkpoint.config, checkpoint.tensors))

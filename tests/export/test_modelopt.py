@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import quantkit
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.step import Target
 from quantkit.errors import InputRejected, UsageError
@@ -120,6 +121,11 @@ def test_sites_left_out_are_excluded(calibrated: Path, tmp_path: Path) -> None:
     ignore = done.config["quantization_config"]["ignore"]
     assert "model.layers.1.mlp.down_proj" in ignore
     assert done.tensors["model.layers.1.mlp.down_proj.weight"].dtype == torch.bfloat16
+
+
+def test_load_says_that_it_does_not_read_it(exported: Checkpoint) -> None:
+    with pytest.raises(InputRejected, match="quant_method 'modelopt' is not one quantkit runs"):
+        quantkit.load(exported.path)
 
 
 def test_what_it_has_no_layout_for(calibrated: Path, tmp_path: Path) -> None:
