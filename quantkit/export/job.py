@@ -73,6 +73,11 @@ def prepare(source: Checkpoint, to: str, fold_outliers: bool) -> Job:
             "transform_config rotates inputs online: vLLM reads it, transformers (5.23) does not "
             "and would give wrong outputs"
         )
+    if to == compressed_tensors.METHOD and any(site.expert is not None for site in layout.sites):
+        notes.append(
+            "experts: transformers (5.23) unpacks their weights and leaves their inputs unrounded; "
+            "5.0 does not load them"
+        )
     return Job(source, layout, to, before, scheme, tuple(folded), tuple(notes))
 
 

@@ -264,6 +264,7 @@ def test_a_mixture_is_folded_expert_by_expert(tmp_path: Path) -> None:
     sites = dict.fromkeys(("mlp_in", "mlp_out"), "nvfp4+bf16")
     packed = pack(source, PackOptions("osc", sites=sites), Target(tmp_path / "packed")).output
     done = export(packed, UNMEASURED, Target(tmp_path / "out"))
+    assert "experts" in done.notes[0]
     section = open_checkpoint(done.output).config["quantization_config"]
     assert {group["format"] for group in section["config_groups"].values()} == {
         "mxfp4-pack-quantized",
