@@ -7,7 +7,9 @@
 plans each calibrated checkpoint for the budget, packs the plan and the uniform schemes, and
 evaluates all on the same held-out text. Each row and the plans are kept in the output folder: an
 interrupted run continues, and `--rows` and `--runs` make a part of the table. Prints the table;
-`table.json` holds every number.
+`table.json` holds every number. With `--together` the rows rounded to nearest are simulated in one
+pass over the blocks, as `quantkit diagnose` does it, which is several times as fast as packing and
+running each.
 """
 
 from __future__ import annotations
@@ -16,14 +18,26 @@ import argparse
 import json
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from quantkit import console
+from quantkit.checkpoint.reader import open_checkpoint
 from quantkit.checkpoint.step import Target
+from quantkit.data.tokens import load_tokens
+from quantkit.diagnose.packing import rounder
+from quantkit.diagnose.sets import bits_of
+from quantkit.diagnose.sweep import Arrangement, sweep
+from quantkit.diagnose.switches import PLAIN
+from quantkit.evaluate.models import choose_device
+from quantkit.evaluate.perplexity import compare
 from quantkit.evaluate.run import Text, evaluate, prepare
+from quantkit.model.block import BlockRunner
+from quantkit.model.families import describe
 from quantkit.pack.job import PackOptions
+from quantkit.pack.job import prepare as prepare_job
 from quantkit.pack.pack import pack
 from quantkit.plan.run import Options, plan
 
@@ -56,16 +70,12 @@ def planned(checkpoint: str, folder: Path, asked: argparse.Namespace) -> Path:
 
 def measured(row: str, checkpoint: str, folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """Pack one row and evaluate it."""
-    name, _, how = row.rpartition(", ")
-    if name == PLAN:
-        options = PackOptions("plan", plan=str(planned(checkpoint, folder, asked).resolve()))
-    else:
-        options = UNIFORM[name]
-    options = replace(options, rounding=how, device=asked.device)
+    options = options_of(row, checkpoint, folder, asked)
     text = Text(asked.data, asked.windows, None)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        packed = pack(checkpoint, options, Target(Path(work) / "packed")).output
-        report = evaluate(prepare(packed, source=checkpoint, text=text, device=asked.device))
+        place = Path(work) / "packed"
+        pack(checkpoint, options, Target(place))
+        report = evaluate(prepare(place, source=checkpoint, text=text, device=asked.device))
     found = report["perplexity"]
     return {
         "bits": report["bits_per_weight"],
@@ -74,6 +84,43 @@ def measured(row: str, checkpoint: str, folder: Path, asked: argparse.Namespace)
         "text": found["digest"],
         "windows": found["windows"],
     }
+
+
+def together(
+    rows: list[str], checkpoint: str, folder: Path, asked: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """All rows in one pass over the blocks: the packed arithmetic, nothing written."""
+    source = open_checkpoint(checkpoint)
+    layout = describe(source.config, source.tensors)
+    options = {row: options_of(row, checkpoint, folder, asked) for row in rows}
+    jobs = {row: prepare_job(source, chosen) for row, chosen in options.items()}
+    tokens = load_tokens(asked.data, source.path, samples=asked.windows, held_out=True)
+    runner = BlockRunner(source, layout, device=choose_device(asked.device))
+    runner.keep_head = True
+    arrangements: dict[str, Arrangement] = {"plain": lambda site: PLAIN}
+    arrangements |= {row: partial(lambda name, site: name, row) for row in rows}
+    losses = sweep(runner, tokens.ids, arrangements, rounder(jobs), label="schemes").losses
+    found = {}
+    for row, job in jobs.items():
+        excess = compare(losses["plain"], losses[row])
+        found[row] = {
+            "bits": round(bits_of(layout, job), 4),
+            "excess_nll": excess.mean,
+            "stderr": excess.stderr,
+            "text": tokens.digest,
+            "windows": len(tokens.ids),
+        }
+    return found
+
+
+def options_of(row: str, checkpoint: str, folder: Path, asked: argparse.Namespace) -> PackOptions:
+    """How a row is packed."""
+    name, _, how = row.rpartition(", ")
+    if name == PLAN:
+        options = PackOptions("plan", plan=str(planned(checkpoint, folder, asked).resolve()))
+    else:
+        options = UNIFORM[name]
+    return replace(options, rounding=how, device=asked.device)
 
 
 def lines(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -105,6 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", help="numbers of the checkpoints to do, with commas; default: all"
     )
+    parser.add_argument("--together", action="store_true", help="simulate what rounds to nearest")
     parser.add_argument("--device", default="auto")
     parser.add_argument("-o", "--output", type=Path, default=Path("plans"))
     asked = parser.parse_args()
@@ -117,6 +165,12 @@ def main() -> None:
     folders = [asked.output / f"calibration {n}" for n in numbers]
     for n in todo:
         folders[n].mkdir(parents=True, exist_ok=True)
+        missing = [row for row in wanted if not (folders[n] / f"{row}.json").exists()]
+        nearest = [row for row in missing if row.endswith(", rtn")]
+        if asked.together and nearest:
+            simulated = together(nearest, asked.checkpoints[n], folders[n], asked)
+            for row, found in simulated.items():
+                (folders[n] / f"{row}.json").write_text(json.dumps(found))
         for row in wanted:
             file = folders[n] / f"{row}.json"
             if not file.exists():

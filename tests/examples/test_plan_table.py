@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,15 @@ def test_rows_are_made_kept_and_averaged(tmp_path: Path) -> None:
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "9.0000" in again.stdout
     assert done.stdout.count("\n") == again.stdout.count("\n")
+    # simulated together they are what packing each gave
+    shutil.copytree(tmp_path / "out" / "calibration 0", tmp_path / "sim" / "calibration 0")
+    for row in table:
+        (tmp_path / "sim" / "calibration 0" / f"{row}.json").unlink()
+    command[-1] = str(tmp_path / "sim")
+    options = ["--together", "--runs", "0"]
+    subprocess.run([*command, *options], env=environment, capture_output=True, check=True)
+    simulated = json.loads((tmp_path / "sim" / "table.json").read_text())
+    for row, (packed, _) in table.items():
+        (one,) = simulated[row]
+        assert one["bits"] == packed["bits"]
+        assert abs(one["excess_nll"] - packed["excess_nll"]) < 2e-3
