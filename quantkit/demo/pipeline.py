@@ -108,7 +108,7 @@ def summary(
             {
                 "scheme": scheme,
                 "bits_per_weight": report["bits_per_weight"],
-                "kernel": ", ".join(report["kernels"]) or "torch",
+                "kernel": ", ".join(report["kernels"]) or "kept from before",
                 **measured["packed"],
                 "excess_nll": measured["excess_nll"],
                 "excess_nll_stderr": measured["excess_nll_stderr"],
