@@ -286,6 +286,7 @@ def test_killed_runs_continue_to_the_same_bytes() -> None:
 # The command line, interrupted by itself as the second layer's statistics get their name.
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 seen = []
 def hook(event, args):
     if event == "os.rename" and "layer-" in os.fsdecode(args[1]):
