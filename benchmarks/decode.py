@@ -30,6 +30,7 @@ from quantkit.pack.layout import index_tensor, padded
 from quantkit.pack.scheme import Scheme, build
 from quantkit.runtime.convert import replace_linears
 from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.norm import SiteNorm
 
 QWEN3_8B = {
     "hidden_size": 4096,
@@ -180,6 +181,9 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     dispatch.forget()
     before = torch.cuda.memory_allocated()
     model = random_model(kind, options.layers, device)
+    for module in model.modules():
+        if isinstance(module, SiteNorm) and options.separate_norms:
+            module.site = None
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device))  # packed linears prepare
     gc.collect()
@@ -257,6 +261,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN3_8B["num_hidden_layers"])
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument(
+        "--separate-norms", action="store_true", help="leave RMSNorm to torch, to compare"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -265,6 +272,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "layers": options.layers,
+        "separate_norms": options.separate_norms,
         "models": {kind: measure(kind, options) for kind in options.models},
     }
     if options.json:

@@ -7,6 +7,9 @@ of calls on weights that are cold in L2 (see quantkit.kernels.bench). `plain` la
 another as torch's do; `overlapped` ones start while the kernel before ends, as they do in a model.
 Ratios are the best of torch's FP8 variants, launched plainly, over ours. `error` is relative to the
 float32 reference on the same packed numbers. Every cell is launched twice and must give equal bits.
+`act` is the activation kernel alone on inputs that are cold as well, and its share of the copy
+bandwidth. `with norm` is the chain after the RMSNorm before it in a model (SwiGLU where outputs
+are fewer than inputs): compiled by torch as a kernel of its own, and inside the activation kernel.
 
 `--candidates` also times the Hopper tiles that no plan takes yet.
 """
@@ -16,13 +19,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from quantkit import console
 from quantkit.errors import QuantkitError
@@ -63,6 +67,8 @@ def cells(
                     "group": group,
                     "kernel": dispatch.choose(work, device).name,
                     "us": times(modules, x, timer),
+                    "norm": with_norm(modules, x, outputs, timer),
+                    "activation_bytes": x.nbytes + prepared.quantize(x)[0].nbytes,
                     "roofline_us": moved / bandwidth * 1e6,
                     "peers": peer_times[tokens],
                     "candidates": dict(candidates(modules, x, timer)) if options.candidates else {},
@@ -82,7 +88,41 @@ def times(modules: list[Any], x: Tensor, timer: bench.Timer) -> dict[str, float]
         found["plain"] = timer(products)
     finally:
         sm90.OVERLAP = True
+    cold = [x.clone() for _ in range(min(bench.MOST_COPIES, 2 + bench.COLD_BYTES // x.nbytes))]
+    found["activation"] = timer([partial(modules[0].quantize, other) for other in cold])
     return found
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function` by torch.compile for the shapes of its first call."""
+    torch._dynamo.reset()  # past eight shapes it would run eagerly
+    return torch.compile(function, dynamic=False)
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """transformers' LlamaRMSNorm."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return gain * wide.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def with_norm(modules: list[Any], x: Tensor, outputs: int, timer: bench.Timer) -> dict[str, float]:
+    """The chain after what a model has in front of it, in a kernel of its own and in ours."""
+    inputs: tuple[Tensor, ...]
+    if outputs > x.shape[1]:  # reads the residual
+        inputs, before = (x, torch.ones_like(x[0])), compiled(rms_norm)
+        ours = [partial(module.normed, *inputs, 1e-6) for module in modules]
+    else:
+        inputs, before = (torch.cat([x, x], 1),), compiled(swiglu)
+        ours = [partial(module.gated, *inputs) for module in modules]
+    apart = lambda module: module(before(*inputs))  # noqa: E731
+    return {"apart": timer([partial(apart, m) for m in modules]), "fused": timer(ours)}
 
 
 def candidates(
@@ -126,11 +166,13 @@ def ratio(cell: dict[str, Any], ours: str, peer: str = "fp8", theirs: str = "gem
 def as_table(found: dict[str, Any], layout: Any) -> str:
     """`layout(headers, rows)` of every cell."""
     headers = ["N, K", "M", "branch", "FP8 us", "plain us", "overlapped us", "x plain"]
-    headers += ["x overlapped", "roofline", "chain us", "x chain", "x bf16", "error"]
+    headers += ["x overlapped", "roofline", "chain us", "x chain", "x bf16", "act us", "act"]
+    headers += ["with norm us", "fused us", "error"]
     rows = []
     for cell in found["cells"]:
         us, fp8 = cell["us"], cell["peers"].get("fp8")
         share = cell["roofline_us"] / us["plain"]
+        quantizer = cell["activation_bytes"] / found["bandwidth"] * 1e6 / us["activation"]
         rows.append(
             [
                 f"{cell['outputs']}, {cell['width']}",
@@ -145,6 +187,10 @@ def as_table(found: dict[str, Any], layout: Any) -> str:
                 f"{us['chain']:.1f}",
                 ratio(cell, "chain", theirs="chain"),
                 ratio(cell, "plain", "bf16"),
+                f"{us['activation']:.1f}",
+                f"{100 * quantizer:.0f}%",
+                f"{cell['norm']['apart']:.1f}",
+                f"{cell['norm']['fused']:.1f}",
                 f"{cell['error']:.1e}" + ("" if cell["repeats"] else " not repeatable"),
             ]
         )

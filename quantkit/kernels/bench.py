@@ -241,6 +241,7 @@ def _fp8(outputs: int, width: int, device: torch.device) -> PeerCalls:
     quantize = torch.compile(quantize, dynamic=False)
 
     def calls(x: Tensor, timer: Timer) -> dict[str, float]:
+        torch._dynamo.reset()  # past eight shapes torch.compile would run the quantizer eagerly
         codes, scale = quantize(x)
 
         def multiply(codes: Tensor, scale: Tensor, weight: Tensor, fast: bool, row: bool) -> Tensor:

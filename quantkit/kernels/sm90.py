@@ -46,12 +46,13 @@ class ActivationArguments(ctypes.Structure):
     """`ActivationArguments` of `sm90_activation.cuh`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "keep", "outlier_index", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("x", "gain", "keep", "outlier_index", "tokens")),
         ("token_scales", ctypes.c_void_p),
         ("token_tile_bytes", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("m", "k", "tile", "bricks", "branch_columns")),
         *((name, ctypes.c_int) for name in ("branch_fp8", "carry", "hadamard")),
         ("gated", ctypes.c_int),
+        ("epsilon", ctypes.c_float),
     )
 
 
@@ -122,10 +123,18 @@ class ExactFoldLinear(nn.Module):
         """forward(silu(gate) * up) of gate_up [M, 2 K] without that product in memory."""
         return self.multiply(*self.quantize(gate_up, gated=True), gate_up.dtype)
 
-    def quantize(self, x: Tensor, gated: bool = False) -> tuple[Tensor, Tensor, int]:
-        """x [M, K] (gated: [M, 2 K]): token tiles, token scales, M."""
+    def normed(self, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        """forward(x / rms(x) * gain) without that product in memory; see `quantize_tokens`."""
+        return self.multiply(*self.quantize(x, norm=(gain, epsilon)), x.dtype)
+
+    def quantize(
+        self, x: Tensor, gated: bool = False, norm: tuple[Tensor, float] | None = None
+    ) -> tuple[Tensor, Tensor, int]:
+        """x [M, K] (gated: [M, 2 K]; `norm`: gain and epsilon): token tiles, token scales, M."""
+        gain, epsilon = norm or (None, 0.0)
+        fp8 = self.branch == "fp8"
         tokens, scales = quantize_tokens(
-            x, self.keep, self.outlier_index, self.branch == "fp8", self.carry, self.hadamard, gated
+            x, self.keep, self.outlier_index, fp8, self.carry, self.hadamard, gated, gain, epsilon
         )
         return tokens, scales, len(x)
 
@@ -223,20 +232,28 @@ def quantize_tokens(
     carry: int,
     hadamard: int,
     gated: bool,
+    gain: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Quantize x [M, K] into token tiles [tiles, bytes] and token scales float32 [tokens, 2].
 
     `index` are the branch's channels, `keep` the mask of the others; `fp8` says the branch's type.
-    `gated`: x [M, 2 K] holds gate and up, and silu(gate) * up is quantized.
+    `gated`: x [M, 2 K] holds gate and up, and silu(gate) * up is quantized. `gain` [K]: what is
+    quantized is gain * round(x * rsqrt(mean(x^2) + epsilon)), as transformers' LlamaRMSNorm rounds:
+    the mean and the first product in float32, to x's type before the gain and after it. Only the
+    order in which the squares are added is this kernel's own.
     """
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
+    if gain is not None and (not gain.is_contiguous() or gain.data_ptr() % 16):
+        gain = gain.clone(memory_format=torch.contiguous_format)
     tokens, scales = _allocate(x, index, fp8, gated)
     if len(x) == 0:
         return tokens, scales
     width = x.shape[1] // 2 if gated else x.shape[1]
     args = ActivationArguments(
         x=x.data_ptr(),
+        gain=None if gain is None else gain.data_ptr(),
         keep=None if keep is None else keep.data_ptr(),
         outlier_index=None if index is None else index.data_ptr(),
         tokens=tokens.data_ptr(),
@@ -251,6 +268,7 @@ def quantize_tokens(
         carry=carry,
         hadamard=hadamard,
         gated=gated,
+        epsilon=epsilon,
     )
     dtype = "bf16" if x.dtype == torch.bfloat16 else "fp16"
     library = jit.load(sm90_tiles.activation_text(dtype), "sm90_activation", ARCH)
@@ -267,6 +285,8 @@ def _(
     carry: int,
     hadamard: int,
     gated: bool,
+    gain: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     return _allocate(x, index, fp8, gated)
 

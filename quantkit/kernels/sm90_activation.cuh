@@ -1,6 +1,7 @@
-// Activations to the B operand of sm90_gemm.cuh in one pass over a token: outlier channels gathered
-// for the branch and zeroed, block Hadamard, MXFP4 by the checkpoint's scale rule, folded to E5M2
-// under one power of two a token, written as the swizzled tile that a bulk copy brings in.
+// Activations to the B operand of sm90_gemm.cuh in one pass over a token: RMSNorm or SwiGLU before
+// it where the model has that, outlier channels gathered for the branch and zeroed, block Hadamard,
+// MXFP4 by the checkpoint's scale rule, folded to E5M2 under one power of two a token, written as
+// the swizzled tile that a bulk copy brings in.
 //
 // The fold: an E2M1 value times its block scale, relative to the token's largest block, is an E5M2
 // number for 27 octaves; blocks further below than that lose bits, then vanish.
@@ -10,9 +11,14 @@
 
 namespace quantkit::sm90 {
 
+// What is quantized: x, silu(gate) * up of x = [gate, up], or x over its root mean square, times a
+// gain a channel.
+enum class Source { kPlain, kGated, kNormed };
+
 // Mirrored by sm90.py (ActivationArguments).
 struct ActivationArguments {
   void const* x;             // [m, k], 16 bits an element; gated: [m, 2 k], gate before up
+  void const* gain;          // [k], as x: x is normalised first; null: it is not
   uint16_t const* keep;      // [k]: 0 where an outlier channel leaves the main path; null: none
   int const* outlier_index;  // [branch_columns]: channel, or -1
   uint8_t* tokens;           // [token tile][brick], branch bricks after the main ones
@@ -22,9 +28,12 @@ struct ActivationArguments {
   int carry;     // added to the bits of a block's largest magnitude: the scale rule
   int hadamard;  // channels mixed at a time: 0, or a power of two in 32..512
   int gated;     // silu(gate) * up is what is quantized
+  float epsilon;  // added to the mean square
 };
 
 constexpr int kUnit = 16;  // elements a thread takes at a time; two threads share a block of 32
+// Threads of a CTA at most: more units a thread need more registers.
+constexpr int most_threads(int units) { return units == 4 ? 256 : 512; }
 constexpr int kFarBranch = 60;  // octaves that the branch may lie above the main path's range
 
 CUTLASS_DEVICE int absolute_bits(float v) { return __float_as_int(v) & 0x7FFFFFFF; }
@@ -137,18 +146,72 @@ CUTLASS_DEVICE uint4 gated_product(uint4 gate, uint4 const& up) {
   return gate;
 }
 
+// x / rms * gain, rounded where torch rounds: before the gain and after it.
+template <class Input>
+CUTLASS_DEVICE Input normalized(Input x, Input gain, float inverse_rms) {
+  Input const v = from_float<Input>(to_float(x) * inverse_rms);
+  return from_float<Input>(to_float(gain) * to_float(v));
+}
+
+template <class Input>
+CUTLASS_DEVICE uint4 normalized(uint4 x, uint4 const& gain, float inverse_rms) {
+  Input* const v = reinterpret_cast<Input*>(&x);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    v[i] = normalized(v[i], reinterpret_cast<Input const*>(&gain)[i], inverse_rms);
+  return x;
+}
+
+template <class Input>
+CUTLASS_DEVICE float sum_of_squares(uint4 const& x) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float const v = to_float(reinterpret_cast<Input const*>(&x)[i]);
+    sum += v * v;
+  }
+  return sum;
+}
+
+CUTLASS_DEVICE float warp_sum(float v) {  // the same in every lane
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
+  return v;
+}
+
+// Sum over the CTAs that share a token of what each thread has; in one order on every run.
+CUTLASS_DEVICE float token_sum(float mine, int ctas, float (&of_warp)[16], float& of_cta) {
+  int const lane = threadIdx.x % 32;
+  mine = warp_sum(mine);
+  if (lane == 0) of_warp[threadIdx.x / 32] = mine;
+  __syncthreads();
+  float sum = warp_sum(lane < blockDim.x / 32 ? of_warp[lane] : 0.f);
+  if (ctas > 1) {
+    if (threadIdx.x == 0) of_cta = sum;
+    cute::cluster_arrive();
+    cute::cluster_wait();
+    int const rank = min(lane, ctas - 1);
+    int const bits =
+        load_cluster_32(cute::set_block_rank(cute::cast_smem_ptr_to_uint(&of_cta), rank));
+    sum = warp_sum(lane < ctas ? __int_as_float(bits) : 0.f);
+  }
+  return sum;
+}
+
 // Grid: x = tokens, y = CTAs of a cluster that share a token. `Units` a thread.
-template <class Input, int Units, bool Hadamard, bool Gated>
-__global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
+template <class Input, int Units, bool Hadamard, Source kSource>
+__global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 4 ? 3 : 2)
     quantize_tokens(__grid_constant__ ActivationArguments const args) {
+  constexpr bool kGated = kSource == Source::kGated, kNormed = kSource == Source::kNormed;
   __shared__ int warp_main[16], warp_branch[16], cta_maximum[2];
   cutlass::arch::launch_dependent_grids();
   int const threads = blockDim.x, ctas = gridDim.y, part = blockIdx.y, thread = threadIdx.x;
   int const token = blockIdx.x, lane = thread % 32, units = args.k / kUnit;
   auto unit_of = [&](int v) { return (v * ctas + part) * threads + thread; };
   cutlass::arch::wait_on_dependent_grids();
-  size_t const stride = Gated ? 2 * args.k : args.k;
+  size_t const stride = kGated ? 2 * args.k : args.k;
   Input const* const row = static_cast<Input const*>(args.x) + token * stride;
+  Input const* const gain = static_cast<Input const*>(args.gain);
 
   uint4 raw[Units][2];
 #pragma unroll
@@ -158,10 +221,29 @@ __global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
     if (unit < units) {
       raw[v][0] = reinterpret_cast<uint4 const*>(row)[unit * 2];
       raw[v][1] = reinterpret_cast<uint4 const*>(row)[unit * 2 + 1];
-      if constexpr (Gated) {
+      if constexpr (kGated) {
         uint4 const* const up = reinterpret_cast<uint4 const*>(row + args.k) + unit * 2;
         raw[v][0] = gated_product<Input>(raw[v][0], up[0]);
         raw[v][1] = gated_product<Input>(raw[v][1], up[1]);
+      }
+    }
+  }
+  float inverse_rms = 0.f;
+  if constexpr (kNormed) {
+    __shared__ float warp_square[16], cta_square;
+    float square = 0.f;
+#pragma unroll
+    for (int v = 0; v < Units; ++v)
+      square += sum_of_squares<Input>(raw[v][0]) + sum_of_squares<Input>(raw[v][1]);
+    square = token_sum(square, ctas, warp_square, cta_square);
+    inverse_rms = rsqrtf(square / float(args.k) + args.epsilon);
+#pragma unroll
+    for (int v = 0; v < Units; ++v) {
+      if (unit_of(v) >= units) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint4 const g = __ldg(reinterpret_cast<uint4 const*>(gain) + unit_of(v) * 2 + h);
+        raw[v][h] = normalized<Input>(raw[v][h], g, inverse_rms);
       }
     }
   }
@@ -169,7 +251,8 @@ __global__ void __launch_bounds__(512, Units > 4 ? 1 : 2)
   auto outlier = [&](int j) {
     int const channel = args.outlier_index[j];
     if (channel < 0) return 0.f;
-    if constexpr (Gated) return to_float(gated_product(row[channel], row[args.k + channel]));
+    if constexpr (kGated) return to_float(gated_product(row[channel], row[args.k + channel]));
+    if constexpr (kNormed) return to_float(normalized(row[channel], gain[channel], inverse_rms));
     return to_float(row[channel]);
   };
   for (int j = part * threads + thread; j < args.branch_columns; j += ctas * threads) {
@@ -261,7 +344,7 @@ int launch_activation(ActivationArguments const& args, int overlap, cudaStream_t
   int const ctas = few ? min(ceil_div(units, 512), 8) : 1;
   int const each = ceil_div(units, ctas);
   int per_thread = few || each <= 64 ? 1 : each <= 512 ? 2 : 4;
-  while (ceil_div(each, per_thread) > 512) per_thread *= 2;
+  while (ceil_div(each, per_thread) > most_threads(per_thread)) per_thread *= 2;
   int const threads = ceil_div(ceil_div(each, per_thread), 32) * 32;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -272,24 +355,27 @@ int launch_activation(ActivationArguments const& args, int overlap, cudaStream_t
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(args.m, ctas), config.blockDim = threads;
   config.stream = stream, config.attrs = attributes, config.numAttrs = overlap ? 2 : 1;
-  auto run = [&](auto hadamard, auto gated) -> int {
-    constexpr bool kHadamard = decltype(hadamard)::value, kGated = decltype(gated)::value;
+  auto run = [&](auto hadamard, auto source) -> int {
+    constexpr bool kHadamard = decltype(hadamard)::value;
+    constexpr Source kSource = decltype(source)::value;
     switch (per_thread) {
       case 1:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 1, kHadamard, kGated>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 1, kHadamard, kSource>, args);
       case 2:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 2, kHadamard, kGated>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 2, kHadamard, kSource>, args);
       case 4:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 4, kHadamard, kGated>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 4, kHadamard, kSource>, args);
       case 8:
-        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 8, kHadamard, kGated>, args);
+        return cudaLaunchKernelEx(&config, quantize_tokens<Input, 8, kHadamard, kSource>, args);
     }
     return cudaErrorInvalidValue;
   };
-  std::true_type const yes;
-  std::false_type const no;
-  if (args.gated) return args.hadamard ? run(yes, yes) : run(no, yes);
-  return args.hadamard ? run(yes, no) : run(no, no);
+  auto run_on = [&](auto source) {
+    return args.hadamard ? run(std::true_type{}, source) : run(std::false_type{}, source);
+  };
+  if (args.gain) return run_on(std::integral_constant<Source, Source::kNormed>{});
+  if (args.gated) return run_on(std::integral_constant<Source, Source::kGated>{});
+  return run_on(std::integral_constant<Source, Source::kPlain>{});
 }
 
 }  // namespace quantkit::sm90

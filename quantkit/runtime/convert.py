@@ -11,9 +11,9 @@ from quantkit.errors import InputRejected
 from quantkit.model.families import FAMILIES, describe
 from quantkit.model.sites import Linear, Site
 from quantkit.pack.scheme import Scheme
+from quantkit.runtime import mlp, norm
 from quantkit.runtime.experts import QuantExperts
 from quantkit.runtime.linear import QuantLinear
-from quantkit.runtime.mlp import fuse
 from quantkit.runtime.site import PackedSite
 
 EXPERTS = "mlp.experts"  # where transformers keeps a block's fused experts
@@ -39,7 +39,9 @@ def replace_linears(model: Any, scheme: Scheme, dtype: torch.dtype) -> int:
                 module = _quant_linear(linear, dtype, shared)
                 setattr(model.get_submodule(parent), name, module)
                 replaced += 1
-        fuse(model.get_submodule(f"model.layers.{layer}"))
+        block = model.get_submodule(f"model.layers.{layer}")
+        mlp.fuse(block)
+        norm.fuse(block)
     if not replaced:
         raise InputRejected("the packed checkpoint's configuration matches no linear of the model")
     return replaced

@@ -28,10 +28,9 @@ class PackedMlp(nn.Module):
         gate, up, down = (self.get_submodule(n) for n in ("gate_proj", "up_proj", "down_proj"))
         assert isinstance(gate, QuantLinear)
         assert isinstance(down, QuantLinear)
-        first: Any = gate.site.kernel(x)
         second: Any = down.site.kernel(x)
-        if first is not None and second is not None and hasattr(second, "gated"):
-            y = second.gated(first(x.reshape(-1, x.shape[-1])))
+        if gate.site.kernel(x) is not None and hasattr(second, "gated"):
+            y = second.gated(gate.site.joined(x))
             return y.reshape(*x.shape[:-1], down.out_features)
         return down(self.get_submodule("act_fn")(gate(x)) * up(x))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ class PackedSite:
     What computes them is chosen on first use, for the device and dtype in use then, and again
     when those change. A kernel has a layout of its own: once it is prepared, the checkpoint's
     tensors move to the CPU, where saving and moving the model still find them. The last shared
-    result is held until every member has taken it.
+    result is held until every member has taken it. A norm may hand its input on for the kernel to
+    normalise (`hand_on`).
     """
 
     def __init__(self, key: str, fmt: SiteFormat, rule: str) -> None:
@@ -34,6 +35,8 @@ class PackedSite:
         self._version = 0
         self._result: Tensor | None = None
         self._taken: tuple[int, ...] = ()  # first rows of the members that have the result
+        self._handed: Tensor | None = None  # an input that is still to be normalised, and how
+        self._norm: tuple[Tensor, float] | None = None
 
     def add(self, member: QuantLinear) -> int:
         """Take a linear in; returns the first row of the site's outputs that is its own."""
@@ -43,14 +46,38 @@ class PackedSite:
 
     def compute(self, member: QuantLinear, x: Tensor) -> Tensor:
         """The output of one member, x [.., in] -> [.., out]."""
-        kernel = self.kernel(x)
-        if kernel is None:
+        if self.kernel(x) is None:
             weight, channels = member.operands(reference.compute_dtype(x.dtype))
             operand = self._shared(member, x, lambda x: self._operand(member, x, channels))
             return reference.linear(operand, weight, member.bias, x.dtype)
-        output = self._shared(member, x, lambda x: kernel(x.reshape(-1, x.shape[-1])))
+        output = self._shared(member, x, self.joined)
         part = output[:, member.first_row : member.first_row + member.out_features]
         return part.reshape(*x.shape[:-1], member.out_features)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """All members' outputs side by side, x [.., in] -> [tokens, sum of outs], by the kernel."""
+        kernel: Any = self.kernel(x)
+        rows = x.reshape(-1, x.shape[-1])
+        if x is not self._handed:
+            output: Tensor = kernel(rows)
+            return output
+        assert self._norm is not None
+        gain, epsilon = self._norm
+        self._handed = self._norm = None
+        normed: Tensor = kernel.normed(rows, gain, epsilon)
+        return normed
+
+    def hand_on(self, x: Tensor, gain: Tensor, epsilon: float) -> Tensor | None:
+        """x under an identity of its own: given that, members compute on norm(x).
+
+        None where the kernel does not normalise, or not in these types.
+        """
+        if not hasattr(self.kernel(x), "normed"):
+            return None
+        if (gain.device, gain.dtype, gain.shape[0]) != (x.device, x.dtype, x.shape[-1]):
+            return None
+        self._handed, self._norm = x.view(x.shape), (gain, epsilon)
+        return self._handed
 
     def kernel(self, x: Tensor) -> nn.Module | None:
         """What computes all members on the device and in the dtype of x; None: the reference."""
@@ -61,6 +88,7 @@ class PackedSite:
     def forget(self) -> None:
         """Choose again on the next use (the members' tensors moved or changed)."""
         self._chosen_for = self._kernel = self._input = self._result = None
+        self._handed = self._norm = None
 
     @torch.compiler.disable
     def choose(self, device: torch.device, dtype: torch.dtype) -> None:

@@ -183,6 +183,70 @@ def test_swiglu_inside_the_activation_kernel(emulator, monkeypatch, branch: str 
     assert torch.equal(scales[:5], expected_scales[:5])
 
 
+def rms_norm(x: torch.Tensor, gain: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """transformers' LlamaRMSNorm."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return gain * wide.to(x.dtype)
+
+
+def token_bytes(
+    module: sm90.ExactFoldLinear, operands: tuple[torch.Tensor, torch.Tensor, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What was written of each token, [tokens, bytes]: main bricks and branch bricks."""
+    tiles, _, count = operands
+    size = sm90_tiles.token_tile(count)
+    parts = tiles.split([main := -(-module.width // 128) * size * 128, tiles.shape[1] - main], 1)
+    of_token = [
+        part.reshape(len(tiles), -1, size, brick).transpose(1, 2).flatten(0, 1)[:count].flatten(1)
+        for part, brick in zip(parts, (128, 64), strict=True)
+    ]
+    return of_token[0], of_token[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+@pytest.mark.parametrize("hadamard", [None, {"block": 32}])
+def test_rms_norm_inside_the_activation_kernel(
+    emulator, monkeypatch, branch: str | None, hadamard: dict[str, int] | None, dtype: torch.dtype
+) -> None:
+    """Bit for bit where float32 adds the squares exactly in any order."""
+    run_on(emulator, monkeypatch)
+    task = work(576, (64,), branch, 48 if branch else 0, hadamard=hadamard, dtype=dtype)
+    module = sm90.ExactFoldLinear(task, layer(task))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-96, 97, (5, 576), generator=generator).to(dtype)
+    x[3] = 0
+    gain = (1 + torch.randn(576, generator=generator) / 4).to(dtype)
+    operands = module.quantize(x, norm=(gain, 1e-6))
+    expected = module.quantize(rms_norm(x, gain, 1e-6))
+    for ours, theirs in zip(
+        *(token_bytes(module, found) for found in (operands, expected)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(operands[1][:5], expected[1][:5])
+    assert torch.equal(module.normed(x, gain, 1e-6), module(rms_norm(x, gain, 1e-6)))
+
+
+@pytest.mark.parametrize("width", [640, 4096, 16384])  # one, one, and four units a thread
+def test_another_order_of_the_squares_moves_few_codes(emulator, monkeypatch, width: int) -> None:
+    run_on(emulator, monkeypatch)
+    task = work(width, (64,))
+    module = sm90.ExactFoldLinear(task, layer(task))
+    tokens = 130 if width > 8192 else 5  # past 128 a token has one CTA
+    x = inputs(tokens, width)
+    gain = (1 + torch.randn(width, generator=torch.Generator().manual_seed(1)) / 4).bfloat16()
+    operands = module.quantize(x, norm=(gain, 1e-5))
+    wide = x.double()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)  # the float64 sum
+    expected = module.quantize(gain * wide.bfloat16())
+    codes, expected_codes = (token_bytes(module, found)[0] for found in (operands, expected))
+    assert codes.shape == (tokens, width)
+    same = (operands[1] == expected[1])[:tokens].all(1)  # or a token's largest block moved
+    assert same.float().mean() > 0.95
+    assert (codes != expected_codes)[same].float().mean() < 1 / 500
+
+
 @pytest.mark.parametrize("formats", FORMATS)
 @pytest.mark.parametrize(
     ("width", "outputs", "tokens"), [(512, (128, 60), 5), (1120, (192,), 16), (672, (320,), 270)]
@@ -213,6 +277,7 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
         gemm.dispatch, "prepare", lambda site, work, linears, _: sm90.ExactFoldLinear(work, linears)
     )
     monkeypatch.setattr(gemm.bench, "COLD_BYTES", 0)
+    monkeypatch.setattr(gemm, "compiled", lambda function: function)
     options = argparse.Namespace(
         shapes=[(192, 512)], tokens=(3, 300), peers=["bf16"], candidates=True
     )

@@ -133,6 +133,7 @@ def test_fake_kernels_give_shapes_and_types():
         assert count == tokens
         tiles, scales, count = module.quantize(torch.cat([x, x], 1), gated=True)
         assert tiles.shape == (-(-tokens // size), size * (2 * 128 + 64))
+        assert module.normed(x, x[0], 1e-6).shape == (tokens, 96)
 
 
 @pytest.fixture(scope="session")
@@ -358,3 +359,33 @@ def test_swiglu_inside_the_activation_kernel(branch, tokens):
     # The exponential may round the other way, which moves a value to the next code: rarely.
     assert relative_error(y, module(product).double()) < 2e-3
     assert torch.equal(y, module.gated(torch.cat([gate, up], 1)))
+
+
+def rms_norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """transformers' LlamaRMSNorm."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return gain * wide.to(x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(1, 1024), (16, 4096), (300, 4096), (300, 16384), (3, 16384)]
+)
+def test_rms_norm_inside_the_activation_kernel(branch, tokens, width):
+    """Bit for bit where float32 adds the squares exactly in any order; near otherwise."""
+    needs_hopper()
+    task = work(width, (576,), branch, 48 if branch else 0)
+    module = sm90.prepare(KERNEL, task, layer(task, "cuda", 118, 124))
+    gain = (1 + torch.randn(width, device="cuda") / 4).bfloat16()
+    x = torch.randint(-40, 41, (tokens, width), device="cuda").bfloat16()
+    y = module.normed(x, gain, 1e-6)
+    assert torch.equal(y, module(rms_norm(x, gain)))
+    x = inputs(tokens, width)
+    y = module.normed(x, gain, 1e-6)
+    assert relative_error(y, module(rms_norm(x, gain)).double()) < 2e-3
+    assert torch.equal(y, module.normed(x, gain, 1e-6))
+    whole = torch.compile(lambda x: module.normed(x, gain, 1e-6), fullgraph=True)
+    assert torch.equal(whole(x), y)
+    torch._dynamo.reset()

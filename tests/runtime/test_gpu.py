@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import mxfp4
-from quantkit.kernels import capability, dispatch
+from quantkit.kernels import capability, dispatch, sm90
 from quantkit.pack.layout import index_tensor
 from quantkit.pack.scheme import build
 from quantkit.runtime.convert import replace_linears
 from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.norm import SiteNorm
 from quantkit.runtime.site import prepare
 from tests.tiny import tiny_model
 
@@ -87,6 +88,29 @@ def test_kernels_agree_with_the_reference(
     # Rounding of sums differs by an ulp of bfloat16, which moves a few activations to another code.
     difference = (got - want).norm() / want.norm()
     assert difference < 0.02, difference
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (4, 200)])
+def test_norms_inside_the_kernel_give_what_torchs_give(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    normed = sm90.ExactFoldLinear.normed
+    monkeypatch.setattr(
+        sm90.ExactFoldLinear, "normed", lambda *args: calls.append(1) or normed(*args)
+    )
+    model = packed_model(branch=True)
+    ids = tokens(*shape)
+    with torch.no_grad():
+        got = model(ids).logits.float()
+        assert len(calls) == 4
+        for module in model.modules():
+            if isinstance(module, SiteNorm):
+                module.site = None
+        want = model(ids).logits.float()
+        assert len(calls) == 4
+    # A sum of squares in another order moves few activations to another code.
+    assert (got - want).norm() / want.norm() < 0.02
 
 
 def test_a_cuda_graph_replays_the_same_bits() -> None:
