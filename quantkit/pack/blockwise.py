@@ -19,6 +19,7 @@ from quantkit.pack.rounding import Rounded
 from quantkit.pack.scheme import SiteFormat
 
 STEP_TOKENS = 4096  # of one step of learning
+HELD = 0.1  # of a GPU's free memory
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class RoundedGroup:
 class Pairs(Sequence[Pair]):
     """Hidden states in front of a block of the packed model, and behind it of the exact one.
 
-    Cut into pieces of about STEP_TOKENS tokens, taken to the device when asked for.
+    Cut into pieces of about STEP_TOKENS tokens, taken to the device when asked for; they stay there
+    when all of them take less than HELD of a GPU's free memory.
     """
 
     def __init__(
@@ -47,14 +49,23 @@ class Pairs(Sequence[Pair]):
             for b, (first, last) in enumerate(packed.batches)
             for at in range(0, last - first, samples)
         ]
+        self._here: dict[int, Pair] = {}
+        tokens = sum(last - first for first, last in packed.batches) * packed.shape[0]
+        size = 2 * tokens * packed.shape[1] * packed.dtype.itemsize
+        self._stay = device.type == "cuda" and size < HELD * torch.cuda.mem_get_info(device)[0]
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def __getitem__(self, i: int) -> Pair:  # type: ignore[override]  # one piece, no slices
+        if i in self._here:
+            return self._here[i]
         b, part = self.pieces[i]
         x, target = self.packed.get(self.layer, b), self.exact.get(self.layer + 1, b)
-        return x[part].to(self.device), target[part].to(self.device)
+        pair = x[part].to(self.device), target[part].to(self.device)
+        if self._stay:
+            self._here[i] = pair
+        return pair
 
 
 def exact_copy(module: nn.Module) -> nn.Module:

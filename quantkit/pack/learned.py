@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantkit.kernels import reference
+from quantkit.pack.graphed import Graphed
 from quantkit.pack.grid import Grid
 from quantkit.pack.rounding import Rounded
 from quantkit.pack.scheme import SiteFormat
@@ -132,24 +133,27 @@ def learn(
     moving = [p for linear in linears.values() for p in linear.parameters() if p.requires_grad]
     before = _loss(linears, forward, pairs)
     start = [p.detach().clone() for p in moving]
-    generator = torch.Generator().manual_seed(learning.seed)
     averages = [torch.zeros_like(p) for p in moving]
     reaches = list(_reaches(linears, learning))
-    order: list[int] = []
-    for step in range(learning.steps):
-        if not order:
-            order = torch.randperm(len(pairs), generator=generator).tolist()
-        x, target = pairs[order.pop()]
+
+    def step_of(x: Tensor, target: Tensor, rate: Tensor) -> None:
         with torch.enable_grad(), same_every_time(x.device):
             loss = relative_error(forward(x), target)
             gradients = torch.autograd.grad(loss, moving)
         _forget(linears)
-        # Distances add up to the travel over a cosine's fall to zero.
-        rate = (1 + math.cos(math.pi * step / learning.steps)) / learning.steps
         for p, gradient, average, reach in zip(moving, gradients, averages, reaches, strict=True):
             average.lerp_(gradient, 1 - learning.momentum)
-            moved = average.sign()
-            p.data.add_(moved.mul_(reach), alpha=-rate)
+            p.data.addcmul_(average.sign().mul_(reach), rate, value=-1)
+
+    take = Graphed(step_of)
+    generator = torch.Generator().manual_seed(learning.seed)
+    order: list[int] = []
+    for step in range(learning.steps):
+        if not order:
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+        # Distances add up to the travel over a cosine's fall to zero.
+        rate = (1 + math.cos(math.pi * step / learning.steps)) / learning.steps
+        take(*pairs[order.pop()], rate)
     after = _loss(linears, forward, pairs)
     if not after < before:
         for p, value in zip(moving, start, strict=True):

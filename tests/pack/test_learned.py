@@ -10,6 +10,7 @@ import torch
 from quantkit.checkpoint.step import Target
 from quantkit.errors import UsageError
 from quantkit.kernels import reference
+from quantkit.pack.graphed import Graphed
 from quantkit.pack.grid import rule_grid
 from quantkit.pack.job import PackOptions
 from quantkit.pack.learned import LearnedLinear, Learning, SharedOperand, learn, spacing
@@ -37,13 +38,13 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def linear_of(
-    fmt: SiteFormat,
+    fmt: SiteFormat, device: str = "cpu"
 ) -> tuple[LearnedLinear, dict[str, torch.Tensor], torch.Tensor]:
     """A learned linear, the packed tensors of the same weight, and the weight itself."""
-    w, channels = draw(OUT, WIDTH), CHANNELS if fmt.branch else None
+    w, channels = draw(OUT, WIDTH).to(device), CHANNELS.to(device) if fmt.branch else None
     rest, columns = (w, None) if channels is None else separate(w, channels)
     rest = rotated(rest, fmt)
-    divisor = torch.full((1,), 64.0) if fmt.activations == "nvfp4" else None
+    divisor = torch.full((1,), 64.0, device=device) if fmt.activations == "nvfp4" else None
     grid = rule_grid(
         rest, fmt.weights, "even", global_divisor([rest]) if fmt.weights == "nvfp4" else None
     )
@@ -106,6 +107,25 @@ def test_what_does_not_help_is_taken_back() -> None:
     before, after = learn({"it": linear}, linear.forward, [(x, target)], Learning(steps=5))
     assert before == after == 0.0
     assert torch.equal(start, linear.latent.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", FORMATS[:4], ids=lambda f: f.words())
+def test_replayed_steps_are_the_steps(fmt: SiteFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = draw(8, WIDTH, seed=9).cuda()
+    inputs = [draw(4, 32, 8, seed=i).cuda() @ mixed for i in range(4)]
+
+    def learned() -> torch.Tensor:
+        linear, _, w = linear_of(fmt, "cuda")
+        pairs = [(x, x @ w.t()) for x in inputs]
+        before, after = learn({"it": linear}, linear.forward, pairs, Learning(steps=40))
+        assert after < before
+        return linear.latent.detach()
+
+    replayed = learned()
+    assert torch.equal(replayed, learned())
+    monkeypatch.setattr(Graphed, "_record", lambda self: False)  # every step by itself
+    torch.testing.assert_close(replayed, learned())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
