@@ -3,6 +3,9 @@
     python examples/depth_registers/run.py                 # one GPU: trains, diagnoses, prints
     python examples/depth_registers/run.py --smoke         # a minute on a CPU, toy sizes
 
+The run with the sink takes five sixths of the steps: trained as long as the others it predicts the
+text 3 to 4 % better than they do, and then its losses could not be held against theirs.
+
 Several GPUs share the runs. A run that was finished is not repeated; one that was interrupted
 continues. Writes RUNS/<name>/ (checkpoints), RUNS/diagnosis.json and RUNS/table.md.
 """
@@ -169,6 +172,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="toy sizes for a CPU")
     parser.add_argument("--held-windows", type=int, default=128)
     parser.add_argument("--runs-per-gpu", type=int, default=1, help="runs that share a GPU")
+    parser.add_argument(
+        "--sink-steps", type=float, default=5 / 6, help="share of the steps the sink's run takes"
+    )
     for field in dataclasses.fields(Recipe):
         if field.name not in ("seed", "sink", "registers"):
             kind = str if field.name == "hinge_on" else type(field.default)
@@ -188,6 +194,8 @@ def main() -> None:
         for variant, options in VARIANTS.items():
             hinge = {"hinge": changes["hinge"]} if "hinge" in changes and "hinge" in options else {}
             recipe = Recipe(**{**changes, "hinge": 0.0, **options, **hinge, "seed": seed})
+            if recipe.sink:
+                recipe = dataclasses.replace(recipe, steps=round(recipe.steps * args.sink_steps))
             jobs.append((f"{variant}-{seed}", recipe))
     count = torch.cuda.device_count()
     devices = [f"cuda:{i}" for i in range(count)] * args.runs_per_gpu or ["cpu"]
