@@ -108,6 +108,12 @@ def _weights(checkpoint: Checkpoint, parts: Mapping[str, TensorInfo]) -> int:
     if main is None:
         return 0
     count = main.nbytes // main.dtype.itemsize
+    index = parts.get("outlier_index")
+    if index is not None and "outlier_weight" not in parts and main.shape:
+        # A residual branch: columns of the main path that are no weights of their own.
+        appended = main.shape[0] * (index.nbytes // index.dtype.itemsize)
+    else:
+        appended = 0
     shape = parts.get("weight_shape")  # of integer formats, whose last word may be padded
     if shape is not None and shape.nbytes <= 256:
         dims = checkpoint.read(shape.name).flatten().tolist()
@@ -116,10 +122,10 @@ def _weights(checkpoint: Checkpoint, parts: Mapping[str, TensorInfo]) -> int:
         return 2 * count
     scaled = any("scale" in part for part in parts)
     if main.dtype is torch.uint8 and scaled:
-        return 2 * count
+        return max(2 * count - appended, 0)
     if main.dtype is torch.int32 and scaled:
         return 8 * count
-    return count
+    return max(count - appended, 0)
 
 
 def site_formats(config: Mapping[str, Any], linears: tuple[Linears, ...]) -> dict[str, str]:

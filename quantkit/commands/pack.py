@@ -58,8 +58,8 @@ def run(
     site: Annotated[
         list[str] | None,
         typer.Option(
-            help="KIND=FORMAT for attn_in, attn_out, mlp_in or mlp_out; FORMAT+bf16 with a branch, "
-            "bf16 alone leaves the kind as it is. Repeatable."
+            help="KIND=FORMAT for attn_in, attn_out, mlp_in or mlp_out; FORMAT+bf16 (+fp8, "
+            "+residual) with a branch, bf16 alone leaves the kind as it is. Repeatable."
         ),
     ] = None,
     scale_rule: Annotated[
@@ -67,7 +67,10 @@ def run(
     ] = "even",
     branch: Annotated[
         str | None,
-        typer.Option(help="Precision of the branch: bf16 or fp8. Default: bf16; w4a4: fp8."),
+        typer.Option(
+            help="Precision of the branch: bf16 or fp8. Default: bf16; w4a4: fp8. residual: what "
+            "rounding loses of the channels, in 4 bits, as further columns of the same GEMM."
+        ),
     ] = None,
     branch_bits: Annotated[
         float | None,

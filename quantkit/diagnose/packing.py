@@ -15,7 +15,7 @@ from quantkit.pack.group import fused_groups
 from quantkit.pack.job import Job
 from quantkit.pack.rtn import global_divisor, row_pieces
 from quantkit.pack.scheme import SiteFormat
-from quantkit.pack.separate import branch_tensors, rotated, separate
+from quantkit.pack.separate import branch_tensors, main_and_branch
 
 
 def rounder(jobs: Mapping[str, Job]) -> Rounder:
@@ -35,24 +35,22 @@ def pack_site(job: Job, site: Site, weights: Mapping[str, Tensor]) -> Rounded | 
     fmt = job.scheme.site(site.key, site.kind)
     if fmt is None:
         return None
+    separated = job.channels[site.key] if fmt.branch is not None else None
     operands = {}
     for group in fused_groups(site):
         rests, branches = [], []
         for linear in group:
-            weight = weights[linear.module]
+            rest, columns = main_and_branch(weights[linear.module], separated, fmt)
             branch: dict[str, Tensor] = {}
-            if fmt.branch is not None:
-                channels = job.channels[site.key]
-                weight, columns = separate(weight, channels)
-                branch = branch_tensors(columns, channels, fmt)
-            rests.append(rotated(weight, fmt))
+            if columns is not None and separated is not None:
+                branch = branch_tensors(columns, separated, fmt)
+            rests.append(rest)
             branches.append(branch)
         divisor = global_divisor(rests) if fmt.weights == "nvfp4" else None
         for linear, rest, branch in zip(group, rests, branches, strict=True):
             dtype = reference.compute_dtype(weights[linear.module].dtype)
             rounded = _rounded(rest, fmt, job.scheme.scale_rule, divisor, dtype)
             operands[linear.module] = reference.with_branch(rounded, branch, fmt)
-    separated = job.channels[site.key] if fmt.branch is not None else None
     return Rounded(fmt, job.scheme.scale_rule, separated, operands, job.divisors.get(site.key))
 
 

@@ -83,6 +83,11 @@ def prepare(source: Checkpoint, to: str, fold_outliers: bool) -> Job:
 
 def _after(site: Site, fmt: SiteFormat, to: str, fold: bool) -> SiteFormat:
     """The format of a site in the export; UsageError when the target has no word for it."""
+    if fmt.branch == "residual":
+        raise UsageError(
+            f"{site.key} has a residual branch, which {to} cannot express",
+            "pack the unpacked checkpoint again, with no branch",
+        )
     if to == modelopt.METHOD:
         if modelopt.can_describe(fmt):
             return fmt

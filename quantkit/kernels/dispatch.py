@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from quantkit import console
 from quantkit.errors import QuantkitError, UsageError
+from quantkit.kernels import residual
 from quantkit.kernels.capability import Kernel, find
 
 REFERENCE = "reference"
@@ -42,7 +43,7 @@ class Work:
     hadamard: Mapping[str, int] | None  # {"block": 32} or {"size": n}, on the remainder
     width: int  # input channels, K
     outputs: tuple[int, ...]  # rows of each linear
-    outliers: int = 0  # branch columns, padding included
+    outliers: int = 0  # branch columns, padding included; those of a residual follow K
     dtype: torch.dtype = torch.bfloat16  # of activations and results
 
 
@@ -78,6 +79,10 @@ def choose(work: Work, device: torch.device) -> Choice:
         )
     if work.dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"kernels compute in bfloat16 and float16, not {work.dtype}")
+    if work.branch == "residual":
+        if reason := residual.refuse(work):
+            return Choice(None, reason)
+        work = residual.widened(work)
     gpu = capability(device)
     found = find(work.weights, work.activations, work.branch, gpu, wanted == "untried")
     if isinstance(found, str):
@@ -105,7 +110,12 @@ def prepare(
     prepared: nn.Module | None = None
     if choice.kernel is not None:
         try:
-            prepared = _module(choice.kernel).prepare(choice.kernel, work, linears)
+            module = _module(choice.kernel)
+            if work.branch == "residual":
+                inner = module.prepare(choice.kernel, residual.widened(work), linears)
+                prepared = residual.ResidualLinear(work, linears, inner)
+            else:
+                prepared = module.prepare(choice.kernel, work, linears)
         except QuantkitError as error:  # no compiler, or it refused the source
             choice = Choice(None, error.message)
             _warn(error.message, error.hint)

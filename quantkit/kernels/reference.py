@@ -6,6 +6,11 @@ The dequantized operands of the MX formats are exact in bfloat16 (and so are tho
 a power-of-two divisor), so one GEMM in bfloat16 with float32 accumulation is the exact product of
 the packed numbers, rounded once. The branch runs in the same GEMM: without an online Hadamard its
 columns take their own, emptied places in both operands; with one they are appended.
+
+A residual branch leaves the channels S where they are and appends what their rounding lost, in the
+same format (ARCQuant, 2601.07475): Z = H x, R = (Z - Q(Z))[S] in the dtype of Z, and
+
+    Y = [Q(Z), Q(R)] W^T,  W [out, in + k] one packed weight
 """
 
 from __future__ import annotations
@@ -73,9 +78,12 @@ def weight_operand(tensors: Mapping[str, Tensor], fmt: SiteFormat, dtype: torch.
 
 
 def with_branch(weight: Tensor, tensors: Mapping[str, Tensor], fmt: SiteFormat) -> Tensor:
-    """The main path's weight [out, in], as float, completed by the branch among `tensors`."""
+    """The main path's weight [out, in], as float, completed by the branch among `tensors`.
+
+    The columns of a residual branch are in it already.
+    """
     channels, dtype = channels_of(tensors), weight.dtype
-    if fmt.branch is None or channels is None:
+    if fmt.branch in (None, "residual") or channels is None:
         return weight
     branch = branch_weight(tensors, fmt, dtype)[:, : len(channels)]
     if fmt.hadamard_size:
@@ -101,9 +109,16 @@ def input_operand(
 ) -> Tensor:
     """Inputs for one GEMM with `weight_operand`: x [.., in] with its rest quantized.
 
-    `channels` are the separated ones (int64), `divisor` the input's global scale (NVFP4).
+    `channels` are the separated ones (int64), or those of a residual branch; `divisor` the input's
+    global scale (NVFP4).
     """
     dtype = compute_dtype(x.dtype)
+    if fmt.branch == "residual" and channels is not None:
+        z = _rotated(x, fmt)
+        main = quantize_activations(z, fmt.activations, rule, divisor)
+        lost = residual(z, main, channels, fmt.outliers)
+        lost = quantize_activations(lost, fmt.activations, rule, divisor)
+        return torch.cat([main.to(dtype), lost.to(dtype)], dim=-1)
     if fmt.branch is None or channels is None:
         return _quantized_rest(x, fmt, rule, divisor, dtype)
     branch = branch_input(x.index_select(-1, channels), fmt).to(dtype)
@@ -117,11 +132,25 @@ def input_operand(
 def _quantized_rest(
     x: Tensor, fmt: SiteFormat, rule: str, divisor: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    if fmt.hadamard_size:
-        from quantkit.transforms.hadamard import rotate
+    return quantize_activations(_rotated(x, fmt), fmt.activations, rule, divisor).to(dtype)
 
-        x = rotate(x.to(torch.promote_types(x.dtype, torch.float32)), fmt.hadamard_size)
-    return quantize_activations(x, fmt.activations, rule, divisor).to(dtype)
+
+def _rotated(x: Tensor, fmt: SiteFormat) -> Tensor:
+    if not fmt.hadamard_size:
+        return x
+    from quantkit.transforms.hadamard import rotate
+
+    return rotate(x.to(torch.promote_types(x.dtype, torch.float32)), fmt.hadamard_size)
+
+
+def residual(x: Tensor, quantized: Tensor, channels: Tensor, columns: int) -> Tensor:
+    """What quantization lost of `channels` of x [.., in]: [.., columns] in x's dtype.
+
+    Zeros behind the channels. The difference is exact in the dtype of x unless x was clipped: it
+    is a multiple of x's last bit, and no larger than x.
+    """
+    lost = (x - quantized).index_select(-1, channels)
+    return functional.pad(lost, (0, columns - len(channels)))
 
 
 def quantize_activations(x: Tensor, name: str, rule: str, divisor: Tensor | None) -> Tensor:

@@ -332,7 +332,14 @@ class _Describer:
         if len(shape) != dimensions or 0 in shape:
             raise InputRejected(f"{name} has shape {shape}: {dimensions} dimensions expected")
         self.known.add(name)
-        return shape
+        return (*shape[:-1], shape[-1] - self._appended(module))
+
+    def _appended(self, module: str) -> int:
+        """Columns of a packed linear that repeat others: those of a residual branch."""
+        index = self.tensors.get(f"{module}.outlier_index")
+        if index is None or f"{module}.outlier_weight" in self.tensors or len(index.shape) != 1:
+            return 0
+        return int(index.shape[0])
 
     def _vector(self, name: str, length: int | None) -> None:
         if name not in self.tensors:

@@ -11,10 +11,10 @@ from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.errors import InputRejected
 from quantkit.model.sites import Linear, Site, read_weight
 from quantkit.pack.job import Job
-from quantkit.pack.layout import tensors_of
+from quantkit.pack.layout import index_tensor, tensors_of
 from quantkit.pack.rtn import row_pieces
 from quantkit.pack.scheme import SiteFormat
-from quantkit.pack.separate import rotated, separate
+from quantkit.pack.separate import main_and_branch
 
 CPU = torch.device("cpu")
 
@@ -47,6 +47,7 @@ def weights_of_group(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Each linear's weight, separated and rotated, and its branch columns (None without one).
 
+    With a residual branch the columns are the weight's last ones, [out, in + k].
     `stored`: the weights as they were read, when they were. Raises InputRejected for NaN or
     infinity.
     """
@@ -55,10 +56,8 @@ def weights_of_group(
         read = read_weight(job.weights, linear) if stored is None else stored[i]
         weight = finite(read.to(device), linear)
         weight = weight.float() if fmt.weights == "none" else weight
-        columns: Tensor | None = None
-        if fmt.branch is not None:
-            weight, columns = separate(weight, job.channels[site.key].to(device))
-        found.append((rotated(weight, fmt), columns))
+        channels = None if fmt.branch is None else job.channels[site.key].to(device)
+        found.append(main_and_branch(weight, channels, fmt))
     return found
 
 
@@ -69,9 +68,14 @@ def tensors_of_group(
     group: Sequence[Linear],
     parts: Sequence[dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The group's tensors by their names in the checkpoint, NVFP4's input scale included."""
+    """The group's tensors by their names in the checkpoint, NVFP4's input scale included.
+
+    So is the index of a residual branch.
+    """
     written: dict[str, Tensor] = {}
     for linear, part in zip(group, parts, strict=True):
+        if fmt.branch == "residual":
+            part["outlier_index"] = index_tensor(job.channels[site.key], fmt.outliers)
         if fmt.activations == "nvfp4":
             part["input_global_scale"] = job.divisors[site.key]
         written |= {f"{linear.module}.{name}": tensor for name, tensor in part.items()}

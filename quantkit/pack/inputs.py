@@ -14,11 +14,11 @@ from quantkit.calibrate.store import Statistics, load_statistics
 from quantkit.checkpoint.reader import Checkpoint
 from quantkit.formats import FORMATS
 from quantkit.model.sites import ModelLayout, Site
-from quantkit.outliers.budget import branch_columns, choose_free
+from quantkit.outliers.budget import branch_columns, choose_free, choose_lossy, evened
 from quantkit.outliers.choose import weight_energy
 from quantkit.outliers.plan import Plan
 from quantkit.pack.balance import balanced
-from quantkit.pack.layout import BRANCH_ALIGNMENT
+from quantkit.pack.layout import alignment, check_width
 from quantkit.pack.scheme import SiteFormat
 
 if TYPE_CHECKING:
@@ -61,24 +61,34 @@ class Inputs:
         """Spend `branch_bits` on each site's best channels by the criterion."""
         assert options.branch_bits is not None
         assert options.criterion is not None
-        precision = 8 if options.branch == "fp8" else 16
         chosen: dict[str, tuple[int, ...]] = {}
         for site in sites:
             fmt = formats[site.key]
             if fmt is None:
                 chosen[site.key] = ()
                 continue
-            block = options.hadamard or FORMATS[fmt.activations].block
-            count = branch_columns(site.width, options.branch_bits, precision, BRANCH_ALIGNMENT)
-            alike = torch.ones(site.width, dtype=torch.float64)  # an expert that saw few tokens
-            found = choose_free(
-                self.energies.get(site.key, alike),
-                weight_energy(self.weights, site),
-                count,
-                options.criterion,
-                block,
+            check_width(fmt, site.width, site.key)
+            count = branch_columns(
+                site.width, options.branch_bits, _bits(fmt, options), alignment(fmt)
             )
+            alike = torch.ones(site.width, dtype=torch.float64)  # an expert that saw few tokens
+            energy = self.energies.get(site.key, alike)
+            weights = weight_energy(self.weights, site)
+            if fmt.branch == "residual":
+                energy, weights = (evened(e, fmt.hadamard_size) for e in (energy, weights))
+                found = choose_lossy(energy, weights, count, options.criterion, fmt.activations)
+            else:
+                block = options.hadamard or FORMATS[fmt.activations].block
+                found = choose_free(energy, weights, count, options.criterion, block)
             chosen[site.key] = tuple(found.tolist())
         console.note(f"separating {options.branch_bits} bits per weight by {options.criterion}")
         digest = self.statistics.meta["weights_digest"]
         return Plan(chosen, 0, options.criterion, digest, self.statistics.digest)
+
+
+def _bits(fmt: SiteFormat, options: PackOptions) -> float:
+    """What a column of a site's branch costs by weight."""
+    if fmt.branch == "residual":
+        return FORMATS[fmt.weights].bits or 4.5
+    branch = options.branch if fmt.weights == "none" else fmt.branch
+    return 8 if branch == "fp8" else 16

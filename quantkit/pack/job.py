@@ -18,6 +18,7 @@ from quantkit.errors import InputRejected, UsageError
 from quantkit.formats import nvfp4
 from quantkit.model.families import describe
 from quantkit.model.sites import KINDS, ModelLayout, Site
+from quantkit.outliers.budget import evened
 from quantkit.outliers.choose import choose
 from quantkit.outliers.plan import FILE as PLAN_FILE
 from quantkit.outliers.plan import Plan, load_plan
@@ -99,11 +100,12 @@ class Job:
         if energy is None:
             return None
         energy = energy.clone()
-        if site.key in self.channels:
+        if site.key in self.channels and not fmt.appended:
             energy[self.channels[site.key]] = 0
-        if fmt.hadamard_size:
-            blocks = energy.view(-1, fmt.hadamard_size)
-            energy = blocks.mean(1, keepdim=True).expand_as(blocks).flatten()
+        energy = evened(energy, fmt.hadamard_size)
+        if fmt.appended:  # what is lost of a channel is about in proportion to the channel
+            lost = energy[self.channels[site.key]]
+            energy = torch.cat([energy, lost, lost.new_zeros(fmt.appended - len(lost))])
         return energy.float()
 
 
@@ -133,6 +135,14 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
         scheme = schemes.pass_through(scheme)
     formats = {site.key: scheme.site(site.key, site.kind) for site in layout.sites}
     separated = [s for s in layout.sites if (f := formats[s.key]) is not None and f.branch]
+    online = online_hadamards(source.manifest)
+    if options.hadamard is not None:
+        online = dict.fromkeys(KINDS, {"block": options.hadamard} if options.hadamard else None)
+    for site in layout.sites:
+        if (fmt := formats[site.key]) is not None:
+            hadamard = online.get(site.key, online.get(site.kind))
+            formats[site.key] = replace(fmt, hadamard=dict(hadamard) if hadamard else None)
+    _check_residual(separated, formats, options)
     inputs = Inputs.load(source, layout, options) if _needs_inputs(options) else None
     weights: Checkpoint = inputs.weights if inputs else source
     plan: Plan | None = None
@@ -144,13 +154,10 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
     channels = {}
     if plan is not None:
         channels = {s.key: torch.tensor(plan.sites[s.key], dtype=torch.long) for s in separated}
-    online = online_hadamards(source.manifest)
-    if options.hadamard is not None:
-        online = dict.fromkeys(KINDS, {"block": options.hadamard} if options.hadamard else None)
     for site in layout.sites:
         found = formats[site.key]
         if found is not None:
-            formats[site.key] = _site_format(site, found, channels.get(site.key), plan, online)
+            formats[site.key] = _site_format(site, found, channels.get(site.key), plan)
     scales = inputs.scales if inputs else {}
     divisors, statistics = _input_divisors(source, layout, formats, channels, scales)
     if plan is not None:
@@ -218,6 +225,26 @@ def _needs_inputs(options: PackOptions) -> bool:
     return bool(options.balance or options.branch_bits is not None or options.rounding == "search")
 
 
+def _check_residual(
+    separated: list[Site], formats: Mapping[str, SiteFormat | None], options: PackOptions
+) -> None:
+    """UsageError for a residual branch that is asked for nowhere, or of channels that rotate."""
+    found = [site for site in separated if (f := formats[site.key]) and f.branch == "residual"]
+    if options.branch == "residual" and not found:
+        raise UsageError(
+            f"--branch residual: no site of {options.scheme} has a branch",
+            "--branch-bits says how much to spend on one",
+        )
+    for site in found:
+        fmt = formats[site.key]
+        if fmt is not None and fmt.hadamard_size and options.branch_bits is None:
+            raise UsageError(
+                f"{site.key}: a plan's channels are those of the unrotated input, a residual's are "
+                f"those behind its Hadamard of {fmt.hadamard_size}",
+                "give --branch-bits, or --hadamard 0",
+            )
+
+
 def _plan(source: Checkpoint, separated: list[Site], group: int | None) -> Plan:
     """The checkpoint's plan, completed from its statistics, or one made from them."""
     plan = load_plan(source)
@@ -255,15 +282,12 @@ def _site_format(
     fmt: SiteFormat,
     channels: Tensor | None,
     plan: Plan | None,
-    online: Mapping[str, Mapping[str, int] | None],
 ) -> SiteFormat:
-    hadamard = online.get(site.key, online.get(site.kind))
-    fmt = replace(fmt, hadamard=dict(hadamard) if hadamard else None)
     if fmt.branch is not None:
         assert channels is not None
         assert plan is not None
         if len(channels):
-            fmt = replace(fmt, outliers=padded(len(channels)), group=plan.group)
+            fmt = replace(fmt, outliers=padded(len(channels), fmt), group=plan.group)
         else:
             fmt = replace(fmt, branch=None)  # nothing to separate here
     check_width(fmt, site.width, site.key)
@@ -291,9 +315,9 @@ def _input_divisors(
         absmax = statistics.get(site.key, "absmax").float().clone()
         if site.key in scales:
             absmax /= scales[site.key].float()
-        if site.key in channels:
-            absmax[channels[site.key]] = 0
         fmt = formats[site.key]
+        if site.key in channels and (fmt is None or not fmt.appended):
+            absmax[channels[site.key]] = 0
         if fmt is not None and fmt.hadamard_size:  # no more than all of a block's maxima together
             absmax = absmax.view(-1, fmt.hadamard_size).square().sum(1).sqrt()
         divisors[site.key] = power_of_two_below(nvfp4.global_scale(absmax.amax()))

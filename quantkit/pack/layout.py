@@ -2,6 +2,7 @@
 
 Names and orientation are those of compressed-tensors; the branch adds `outlier_weight` [out, k]
 and `outlier_index` int32 [k]: absolute channels, ascending, padded with -1 (and zero columns).
+A residual branch has no weight of its own: the k columns follow the main path's, [out, in + k].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from quantkit.errors import InputRejected
 from quantkit.formats import FORMATS
 from quantkit.pack.scheme import SiteFormat
 
-BRANCH_ALIGNMENT = 16  # columns of the branch come in multiples of this
+BRANCH_ALIGNMENT = 16  # columns of the branch come in multiples of this, or of a block
 
 
 def tensors_of(
@@ -28,6 +29,7 @@ def tensors_of(
     """
     byte, fp8 = torch.uint8, torch.float8_e4m3fn
     found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    width += fmt.appended
     if fmt.weights == "none":
         found["weight"] = dtype, (out, width)
     elif fmt.weights == "mxfp8":
@@ -74,9 +76,18 @@ def check_width(fmt: SiteFormat, width: int, where: str) -> None:
         raise InputRejected(f"{where}: a Hadamard of {fmt.hadamard_size} does not divide {width}")
 
 
-def padded(count: int) -> int:
-    """Branch columns that hold `count` channels: the next multiple of 16, at least one."""
-    return max(-(-count // BRANCH_ALIGNMENT), 1) * BRANCH_ALIGNMENT
+def padded(count: int, fmt: SiteFormat | None = None) -> int:
+    """Branch columns that hold `count` channels: the next multiple of 16, at least one.
+
+    The columns of a residual branch (`fmt` says so) fill whole blocks of the main path's format.
+    """
+    size = BRANCH_ALIGNMENT if fmt is None else alignment(fmt)
+    return max(-(-count // size), 1) * size
+
+
+def alignment(fmt: SiteFormat) -> int:
+    """What the columns of a site's branch come in multiples of."""
+    return (FORMATS[fmt.weights].block if fmt.branch == "residual" else 0) or BRANCH_ALIGNMENT
 
 
 def index_tensor(channels: Tensor, columns: int) -> Tensor:

@@ -55,14 +55,17 @@ class SharedOperand:
         """x [.., in] -> [.., in + k]: the quantized rest, then the branch's columns."""
         if self._x is x and self._operand is not None:
             return self._operand
-        rest = x if self.channels is None else x.index_fill(-1, self.channels, 0)
+        separated = None if self.format.branch == "residual" else self.channels
+        rest = x if separated is None else x.index_fill(-1, separated, 0)
         if self.format.hadamard_size:
             from quantkit.transforms.hadamard import rotate
 
             rest = rotate(rest.float(), self.format.hadamard_size)
         operand = _straight(rest, self._quantized).to(x.dtype)
-        if self.channels is not None:
-            taken = x.index_select(-1, self.channels)
+        if separated is None and self.channels is not None:
+            operand = torch.cat([operand, self._residual(rest, self.channels).to(x.dtype)], -1)
+        elif separated is not None:
+            taken = x.index_select(-1, separated)
             taken = _straight(taken, lambda t: reference.branch_input(t, self.format))
             operand = torch.cat([operand, taken.to(x.dtype)], -1)
         self._x, self._operand = x, operand
@@ -71,6 +74,12 @@ class SharedOperand:
     def forget(self) -> None:
         """Let go of the last input and its graph."""
         self._x = self._operand = None
+
+    def _residual(self, z: Tensor, channels: Tensor) -> Tensor:
+        """The columns of a residual branch; no gradient: straight through, nothing was lost."""
+        z = z.detach()
+        lost = reference.residual(z, self._quantized(z), channels, self.format.outliers)
+        return self._quantized(lost)
 
     def _quantized(self, x: Tensor) -> Tensor:
         return reference.quantize_activations(x, self.format.activations, self.rule, self.divisor)

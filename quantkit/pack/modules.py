@@ -140,14 +140,18 @@ class PackedBlock:
 
 
 def unpacked_weight(tensors: Mapping[str, Tensor], fmt: SiteFormat) -> Tensor:
-    """A packed linear's weight in the coordinates it was packed from: float32 [out, in]."""
+    """A packed linear's weight in the coordinates it was packed from: float32 [out, in].
+
+    What it multiplies when its input is not rounded: a residual branch then gets zeros.
+    """
     weight = reference.dequantized_weight(tensors, fmt)
+    weight = weight[:, : weight.shape[1] - fmt.appended]
     if fmt.hadamard_size:
         from quantkit.transforms.hadamard import rotate_back
 
         weight = rotate_back(weight, fmt.hadamard_size)
     channels = channels_of(tensors)
-    if channels is None:
+    if channels is None or fmt.branch == "residual":
         return weight
     branch = reference.branch_weight(tensors, fmt, torch.float32)[:, : len(channels)]
     return weight.index_copy(1, channels, branch)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from quantkit.errors import InputRejected, UsageError
+from quantkit.formats import FORMATS
 from quantkit.model.sites import KINDS, ModelLayout
 from quantkit.pack.recipes import RECIPES
 
@@ -15,7 +16,8 @@ METHOD = "quantkit"
 FORMAT_VERSION = 1
 WEIGHTS = ("mxfp4", "nvfp4", "mxfp8", "none")  # none: numbers stored as they are
 ACTIVATIONS = ("mxfp4", "nvfp4", "mxfp8", "none")
-BRANCHES = ("bf16", "fp8")
+BRANCHES = ("bf16", "fp8", "residual")
+RESIDUAL_FORMATS = ("mxfp4", "nvfp4", "none")  # of weights and of activations alike
 RULES = ("floor", "even", "even4", "ceil", "rceil", "mse")
 GROUPS = (32, 64, 128)
 
@@ -26,11 +28,16 @@ class SiteFormat:
 
     At run time: gather the outlier channels for the branch and zero them, apply the online
     Hadamard to the rest, quantize it, multiply, add the branch.
+
+    The branch `residual` takes no channel out: what quantization lost of the channels is quantized
+    again and appended to the input, in the format of the main path, and the weight has as many
+    columns more, all in one GEMM (ARCQuant, 2601.07475). Its channels are those of the operand as
+    it is quantized: of the rotated input where there is an online Hadamard.
     """
 
     weights: str
     activations: str
-    branch: str | None = None  # precision of the separated channels
+    branch: str | None = None  # precision of the separated channels, or residual
     group: int = 32  # the plan took at most one channel of each such group (0: it took any)
     outliers: int = 0  # columns of the branch, padding included
     hadamard: Mapping[str, int] | None = None  # {"block": n} or {"size": n}: online, on the rest
@@ -54,6 +61,11 @@ class SiteFormat:
         if self.branch is not None:
             text += f" + {self.branch} branch"
         return text + (f", Hadamard {self.hadamard_size}" if self.hadamard else "")
+
+    @property
+    def appended(self) -> int:
+        """Columns of a residual branch: the main path's weight and input are that much wider."""
+        return self.outliers if self.branch == "residual" else 0
 
     @property
     def plain(self) -> bool:
@@ -109,6 +121,8 @@ def build(
         raise UsageError(f"group {group}: one of {', '.join(map(str, GROUPS))}")
     if scale_rule not in RULES:
         raise UsageError(f"scale rule {scale_rule!r}: one of {', '.join(RULES)}")
+    if branch not in BRANCHES:
+        raise UsageError(f"branch {branch!r}: one of {', '.join(BRANCHES)}")
     base = RECIPES[name].format if name in RECIPES else name
     if base in ("mxfp4", "nvfp4", "mxfp8"):
         plain = SiteFormat(base, base, branch if separated else None, group)
@@ -125,6 +139,12 @@ def build(
         if kind not in KINDS:
             raise UsageError(f"unknown site kind {kind!r}", f"kinds: {', '.join(KINDS)}")
         formats[kind] = None if text == "bf16" else _site_format(text, group)
+    for kind, fmt in formats.items():
+        if fmt is not None and not _residual_fits(fmt):
+            raise UsageError(
+                f"{kind}: a residual branch extends 4-bit formats, not {fmt.weights}",
+                f"leave it out for this kind: --site {kind}={fmt.weights}",
+            )
     return Scheme(name, formats, scale_rule)
 
 
@@ -159,9 +179,20 @@ def _site_format(text: str, group: int) -> SiteFormat:
     return SiteFormat(name, name, branch or None, group)
 
 
+def _residual_fits(fmt: SiteFormat) -> bool:
+    """Whether a residual branch, if there is one, shares one 4-bit format with the main path."""
+    if fmt.branch != "residual":
+        return True
+    if fmt.weights not in RESIDUAL_FORMATS or fmt.activations != fmt.weights:
+        return False
+    return fmt.outliers % (FORMATS[fmt.weights].block or 1) == 0
+
+
 def unrounded(fmt: SiteFormat) -> SiteFormat:
     """The same separation and online transform with no rounding."""
-    branch = "bf16" if fmt.branch else None  # holds the weights' own numbers where they are kept
+    branch = fmt.branch
+    if branch == "fp8":
+        branch = "bf16"  # holds the weights' own numbers where they are kept
     return replace(fmt, weights="none", activations="none", branch=branch)
 
 
@@ -219,6 +250,7 @@ def read_site(data: object, where: str) -> SiteFormat:
                 and all(isinstance(n, int) and n > 0 for n in hadamard.values())
             )
         )
+        or not _residual_fits(site)
     ):
         raise InputRejected(f"quantization_config: site {where} is not understood")
     return site

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quantkit.formats.e8m0 import encode, power_of_two, scale_exponent
 from quantkit.formats.element import E4M3, round_to_element
 from quantkit.pack.layout import index_tensor
 from quantkit.pack.scheme import SiteFormat
+
+
+def main_and_branch(
+    w: Tensor, channels: Tensor | None, fmt: SiteFormat
+) -> tuple[Tensor, Tensor | None]:
+    """What the main path rounds of `w` [out, in], and the branch's columns (None without one).
+
+    The main path's part is rotated where the site is; a residual's columns are its last ones.
+    """
+    if fmt.branch is None:
+        return rotated(w, fmt), None
+    assert channels is not None
+    if fmt.branch == "residual":
+        return extended(rotated(w, fmt), channels, fmt), None
+    rest, columns = separate(w, channels)
+    return rotated(rest, fmt), columns
 
 
 def separate(w: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,6 +35,14 @@ def separate(w: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     zero activation.
     """
     return w.index_fill(1, channels, 0), w[:, channels]
+
+
+def extended(w: Tensor, channels: Tensor, fmt: SiteFormat) -> Tensor:
+    """`w` [out, in], rotated, and copies of its `channels` for a residual branch: [out, in + k].
+
+    Columns of zeros fill up the last block.
+    """
+    return pad(torch.cat([w, w[:, channels]], 1), (0, fmt.appended - len(channels)))
 
 
 def branch_tensors(columns: Tensor, channels: Tensor, fmt: SiteFormat) -> dict[str, Tensor]:

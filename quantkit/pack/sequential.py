@@ -219,9 +219,10 @@ class Sequential:
         }
         moments = {
             site.key: torch.zeros(
-                (site.width + len(channels.get(site.key, ())),) * 2, device=self.device
+                (site.width + (fmt.appended or len(channels.get(site.key, ()))),) * 2,
+                device=self.device,
             )
-            for site, _ in sites
+            for site, fmt in sites
         }
         crossed = {site.key: torch.zeros_like(moments[site.key]) for site, _ in dense if exact}
         counts = dict.fromkeys(moments, 0)
@@ -248,7 +249,8 @@ class Sequential:
                 continue
             for site, fmt in dense:
                 x = self._site_input(exact, site, self.exact.get(layer, b))
-                fmt = replace(fmt, activations="none", branch=fmt.branch and "bf16")
+                branch = "bf16" if fmt.branch == "fp8" else fmt.branch
+                fmt = replace(fmt, activations="none", branch=branch)
                 whole = self._operand(site, fmt, x, channels.get(site.key))
                 whole = branch_last(whole, fmt, channels.get(site.key))
                 add_outer(crossed[site.key], latest[site.key], whole)
@@ -276,7 +278,7 @@ class Sequential:
         return seen[0]
 
     def _operand(self, site: Site, fmt: SiteFormat, x: Tensor, channels: Tensor | None) -> Tensor:
-        """What the packed linears multiply, [tokens, in] (with a Hadamard [tokens, in + k])."""
+        """What the packed linears multiply, [tokens, in] (or [tokens, in + k], see reference)."""
         divisor = self.job.divisors.get(site.key)
         divisor = divisor if divisor is None else divisor.to(self.device)
         return reference.input_operand(x, fmt, self.job.scheme.scale_rule, channels, divisor)
@@ -350,7 +352,10 @@ def stages(sites: Sequence[Site]) -> Iterator[list[Site]]:
 
 
 def branch_last(operand: Tensor, fmt: SiteFormat, channels: Tensor | None) -> Tensor:
-    """The operand as [tokens, in + k]: the branch's columns at the end, zeros in their places."""
-    if channels is None or fmt.hadamard_size:
+    """The operand as [tokens, in + k]: the branch's columns at the end, zeros in their places.
+
+    A residual branch's columns are at the end, and nothing takes their places.
+    """
+    if channels is None or fmt.hadamard_size or fmt.branch == "residual":
         return operand
     return torch.cat([operand.index_fill(1, channels, 0), operand[:, channels]], 1)

@@ -112,7 +112,7 @@ def _parse(data: Any, path: Path) -> SitePlan:
         if (fmt.branch is None) != (chosen is None):
             raise broken
         if chosen is not None:
-            if not _ascending(chosen) or fmt.outliers != padded(len(chosen)):
+            if not _ascending(chosen) or fmt.outliers != padded(len(chosen), fmt):
                 raise broken
             channels[key] = tuple(chosen)
         formats[key] = fmt

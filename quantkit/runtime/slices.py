@@ -20,7 +20,15 @@ from quantkit.pack.scheme import SiteFormat
 
 
 def check_slices(fmt: SiteFormat, width: int, slices: int, where: str) -> None:
-    """UsageError when `width` channels cannot be cut into so many slices of whole blocks."""
+    """UsageError when `width` channels cannot be cut into so many slices of whole blocks.
+
+    Nor can a residual branch: its columns follow those of the whole input.
+    """
+    if slices > 1 and fmt.branch == "residual":
+        raise UsageError(
+            f"{where}: a residual branch does not cut into {slices} slices of the inputs",
+            "serve it without tensor parallelism",
+        )
     part = width // slices
     blocks = [FORMATS[name].block or 1 for name in (fmt.weights, fmt.activations)]
     for size in (*blocks, fmt.hadamard_size or 1):

@@ -64,6 +64,15 @@ LAYOUTS: dict[str, tuple[dict[str, torch.Tensor], int, float]] = {
         64 * 128,
         4.25 + 16 * 16 / 128 + 16 * 32 / (64 * 128),
     ),
+    "residual": (
+        {
+            f"{Q}.weight_packed": torch.zeros(64, 80, dtype=U8),
+            f"{Q}.weight_scale": torch.zeros(64, 5, dtype=U8),
+            f"{Q}.outlier_index": torch.zeros(32, dtype=torch.int32),
+        },
+        64 * 128,
+        4.25 * 160 / 128 + 32 * 32 / (64 * 128),
+    ),
     "modelopt nvfp4": (
         {
             f"{Q}.weight": torch.zeros(64, 64, dtype=U8),

@@ -72,6 +72,15 @@ def test_a_branch_is_refused_until_it_may_be_folded(calibrated: Path, tmp_path: 
         export(packed, Options("gguf"), Target(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("to", ["compressed-tensors", "modelopt"])
+def test_a_residual_branch_is_refused(calibrated: Path, tmp_path: Path, to: str) -> None:
+    options = PackOptions("nvfp4", branch="residual", branch_bits=0.25)
+    packed = pack(calibrated, options, Target(tmp_path / "packed")).output
+    with pytest.raises(UsageError, match=f"residual branch, which {to} cannot express"):
+        export(packed, Options(to, fold_outliers=True, windows=0), Target(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("options", [PackOptions("osc"), OSC4, NVFP4_BRANCH])
 def test_folding_gives_the_library_plain_weights(
     calibrated: Path, tmp_path: Path, options: PackOptions

@@ -13,12 +13,13 @@ from quantkit.kernels import reference
 from quantkit.pack.graphed import Graphed
 from quantkit.pack.grid import rule_grid
 from quantkit.pack.job import PackOptions
+from quantkit.pack.layout import index_tensor
 from quantkit.pack.learned import LearnedLinear, Learning, SharedOperand, learn, spacing
 from quantkit.pack.pack import pack
 from quantkit.pack.rounding import Rounded
 from quantkit.pack.rtn import global_divisor
 from quantkit.pack.scheme import SiteFormat
-from quantkit.pack.separate import branch_tensors, rotated, separate
+from quantkit.pack.separate import branch_tensors, main_and_branch
 from tests.pack.test_sequential import excess, same
 from tests.tiny import calibrate_tiny
 
@@ -30,6 +31,8 @@ FORMATS = [
     SiteFormat("nvfp4", "nvfp4", "fp8", outliers=16),
     SiteFormat("mxfp4", "mxfp4", "bf16", outliers=16, hadamard={"block": 32}),
     SiteFormat("mxfp8", "mxfp8"),
+    SiteFormat("nvfp4", "nvfp4", "residual", outliers=16),
+    SiteFormat("mxfp4", "mxfp4", "residual", outliers=32, hadamard={"block": 32}),
 ]
 
 
@@ -42,8 +45,7 @@ def linear_of(
 ) -> tuple[LearnedLinear, dict[str, torch.Tensor], torch.Tensor]:
     """A learned linear, the packed tensors of the same weight, and the weight itself."""
     w, channels = draw(OUT, WIDTH).to(device), CHANNELS.to(device) if fmt.branch else None
-    rest, columns = (w, None) if channels is None else separate(w, channels)
-    rest = rotated(rest, fmt)
+    rest, columns = main_and_branch(w, channels, fmt)
     divisor = torch.full((1,), 64.0, device=device) if fmt.activations == "nvfp4" else None
     grid = rule_grid(
         rest, fmt.weights, "even", global_divisor([rest]) if fmt.weights == "nvfp4" else None
@@ -52,6 +54,8 @@ def linear_of(
     tensors = rounded.encode()
     if columns is not None:
         tensors |= branch_tensors(columns, CHANNELS, fmt)
+    if fmt.branch == "residual":
+        tensors["outlier_index"] = index_tensor(CHANNELS, fmt.outliers)
     if divisor is not None:
         tensors["input_global_scale"] = divisor
     shared = SharedOperand(fmt, "even", channels, divisor)
@@ -85,7 +89,7 @@ def test_spacing_is_the_distance_of_neighbours() -> None:
     torch.testing.assert_close(spacing(w, grid)[0, :6], wanted)
 
 
-@pytest.mark.parametrize("fmt", FORMATS[:4], ids=lambda f: f.words())
+@pytest.mark.parametrize("fmt", [*FORMATS[:4], FORMATS[5]], ids=lambda f: f.words())
 def test_lower_loss_within_the_travel(fmt: SiteFormat) -> None:
     linear, _, w = linear_of(fmt)
     start = linear.latent.detach().clone()

@@ -44,6 +44,9 @@ def test_sites_override_the_scheme() -> None:
         ({"name": "osc", "mlp_out": "int8"}, "unknown format 'int8"),
         ({"name": "osc", "sites": {"mlp": "mxfp4"}}, "unknown site kind 'mlp'"),
         ({"name": "osc", "sites": {"mlp_in": "mxfp4+int8"}}, "unknown format"),
+        ({"name": "osc", "branch": "int8"}, "branch 'int8': one of bf16, fp8, residual"),
+        ({"name": "osc", "sites": {"mlp_out": "mxfp8+residual"}}, "mlp_out: a residual branch"),
+        ({"name": "mxfp8", "branch": "residual", "separated": True}, "4-bit formats, not mxfp8"),
     ],
 )
 def test_bad_options_are_usage_errors(options: dict[str, Any], message: str) -> None:
@@ -55,6 +58,19 @@ def test_bad_options_are_usage_errors(options: dict[str, Any], message: str) -> 
 def test_bad_site_choices_are_usage_errors(choice: str) -> None:
     with pytest.raises(UsageError, match="is not KIND=FORMAT"):
         parse_sites([choice])
+
+
+def test_residual_branches_everywhere() -> None:
+    branch = "mxfp4 + residual branch"
+    assert words(name="osc", branch="residual", mlp_out="mxfp4") == dict.fromkeys(KINDS, branch)
+    found = words(name="w4a4", branch="residual", separated=True)
+    assert found == dict.fromkeys(KINDS, "nvfp4 + residual branch")
+    scheme = build("osc", branch="residual")
+    own = SiteFormat("nvfp4", "nvfp4", "residual", 0, 48, {"size": 64})
+    scheme = type(scheme)("osc", scheme.sites, "even", {"layers.1.mlp_in": own})
+    assert from_json(json.loads(json.dumps(scheme.to_json()))) == scheme
+    assert own.appended == 48
+    assert SiteFormat("nvfp4", "nvfp4", "fp8", 0, 48).appended == 0
 
 
 def test_json_round_trip() -> None:
@@ -102,6 +118,10 @@ def test_hostile_json_is_rejected(change: dict[str, Any]) -> None:
         {"hadamard": {"block": 0}},
         {"hadamard": {"block": 32, "size": 64}},
         {"hadamard": [32]},
+        {"branch": "residual", "outliers": 16},  # half a block of MXFP4
+        {"branch": "residual", "weights": "mxfp8", "activations": "mxfp8"},
+        {"branch": "residual", "weights": "nvfp4"},
+        {"branch": "residual", "activations": "none"},
     ],
 )
 def test_hostile_sites_are_rejected(change: dict[str, Any]) -> None:
@@ -116,3 +136,6 @@ def test_pass_through_keeps_what_happens_besides_rounding() -> None:
     fmt = scheme.sites["attn_in"]
     assert fmt is not None
     assert (fmt.weights, fmt.activations, fmt.branch) == ("none", "none", "bf16")
+    fmt = pass_through(build("osc", branch="residual")).sites["attn_in"]
+    assert fmt is not None
+    assert (fmt.weights, fmt.activations, fmt.branch) == ("none", "none", "residual")

@@ -26,6 +26,7 @@ RECIPES = [
     PackOptions("w4a4-plain"),
     PackOptions("osc", rounding="gptq"),
     PackOptions("nvfp4", rounding="gptq", four_over_six=True),
+    PackOptions("w4a4", branch="residual"),
     PackOptions("w4a4", asymmetric=True),
     PackOptions("w4a4-mx", rounding="learned", steps=4),
 ]
@@ -53,7 +54,7 @@ def excess(source: Path, packed: Path) -> float:
     return float((found - exact).square().mean())
 
 
-@pytest.mark.parametrize("options", RECIPES, ids=lambda o: f"{o.scheme}-{o.rounding}")
+@pytest.mark.parametrize("options", RECIPES, ids=lambda o: f"{o.scheme}-{o.branch}-{o.rounding}")
 def test_deterministic_and_blind_to_global_random_state(
     options: PackOptions, calibrated: Path, tmp_path: Path
 ) -> None:
@@ -89,7 +90,7 @@ def test_less_error_than_nearest(name: str, group: int, calibrated: Path, tmp_pa
     assert run("gptq") < run("rtn")
 
 
-@pytest.mark.parametrize("options", [RECIPES[1], RECIPES[-1]], ids=lambda o: str(o.rounding))
+@pytest.mark.parametrize("options", [RECIPES[1], RECIPES[-3], RECIPES[-1]], ids=str)
 def test_a_block_is_packed_on_inputs_of_the_packed_model(
     options: PackOptions, calibrated: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_block_is_packed_on_inputs_of_the_packed_model(
     ("options", "at"),
     [
         *((RECIPES[1], at) for at in (("install", 3), ("install", 6), ("forward", 1))),
+        (RECIPES[-3], ("install", 6)),
         (RECIPES[-2], ("forward", 12)),
         *((RECIPES[-1], at) for at in (("install", 6), ("forward", 8), ("forward", 19))),
     ],

@@ -22,6 +22,7 @@ from tests.tiny import VOCAB, calibrate_tiny, save_tiny
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 OSC4 = PackOptions("osc", mlp_out="mxfp4")
+RESIDUAL = PackOptions("nvfp4", branch="residual", branch_bits=1.2)
 
 
 def tokens(count: int = 24) -> Tensor:
@@ -67,8 +68,8 @@ def rounded_by_hooks(folder: Path, packed: Path, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
-    [PackOptions("mxfp4"), PackOptions("nvfp4"), PackOptions("osc"), OSC4],
-    ids=["mxfp4", "nvfp4", "osc", "osc4"],
+    [PackOptions("mxfp4"), PackOptions("nvfp4"), PackOptions("osc"), OSC4, RESIDUAL],
+    ids=["mxfp4", "nvfp4", "osc", "osc4", "residual"],
 )
 def test_logits_are_those_of_the_files_arithmetic(
     calibrated: Path, tmp_path: Path, options: PackOptions, dtype: torch.dtype
@@ -94,21 +95,25 @@ def test_scale_rules_reach_the_activations(calibrated: Path, tmp_path: Path) -> 
     assert not torch.equal(results[1], results[2])
 
 
+@pytest.mark.parametrize("branch", ["bf16", "residual"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "qwen3_moe", "mixtral"])
-def test_nothing_changes_when_nothing_is_rounded(tmp_path: Path, family: str) -> None:
+def test_nothing_changes_when_nothing_is_rounded(tmp_path: Path, family: str, branch: str) -> None:
     changes = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
     source = calibrate_tiny(tmp_path, family, dtype=torch.float32, **changes)
-    options = PackOptions("osc", mlp_out="mxfp4", dtype="float32")
+    options = PackOptions("osc", mlp_out="mxfp4", dtype="float32", branch=branch)
     packed = pack(source, options, Target(tmp_path / "packed")).output
     model = quantkit.load(packed)
     assert model.dtype == torch.float32
     torch.testing.assert_close(logits(model), logits(original(source, torch.float32)))
 
 
-def test_from_pretrained_generate_and_save(calibrated: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [PackOptions("osc"), RESIDUAL], ids=["osc", "residual"])
+def test_from_pretrained_generate_and_save(
+    calibrated: Path, tmp_path: Path, options: PackOptions
+) -> None:
     from transformers import AutoModelForCausalLM
 
-    packed = pack(calibrated, PackOptions("osc"), Target(tmp_path / "packed")).output
+    packed = pack(calibrated, options, Target(tmp_path / "packed")).output
     ours = quantkit.load(packed)
     theirs = AutoModelForCausalLM.from_pretrained(packed).eval()
     assert theirs.config.quantization_config.quant_method == "quantkit"

@@ -88,3 +88,10 @@ def test_slices_of_broken_blocks_are_refused(fmt: SiteFormat, width: int, slices
     with pytest.raises(UsageError, match="slices of whole blocks"):
         check_slices(fmt, width, slices, "layers.0.mlp_out")
     check_slices(replace(fmt, hadamard=None), 256, 2, "layers.0.mlp_out")
+
+
+def test_a_residual_branch_is_not_sliced() -> None:
+    fmt = replace(OSC, branch="residual", outliers=32)
+    with pytest.raises(UsageError, match="mlp_out: a residual branch does not cut into 2 slices"):
+        check_slices(fmt, 256, 2, "layers.0.mlp_out")
+    check_slices(fmt, 256, 1, "layers.0.mlp_out")

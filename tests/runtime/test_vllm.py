@@ -152,11 +152,14 @@ def expected(model: Any, layer: int, x: dict[str, Tensor]) -> dict[str, Tensor]:
         }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+RESIDUAL = PackOptions("nvfp4", branch="residual", branch_bits=0.6)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "residual"])
 def test_one_rank_computes_what_quantkit_load_does(
     wide: Path, tmp_path: Path, plugin: Any, parallel: Any, name: str
 ) -> None:
-    packed = pack(wide, OPTIONS[name], Target(tmp_path / "packed")).output
+    packed = pack(wide, OPTIONS.get(name, RESIDUAL), Target(tmp_path / "packed")).output
     for dtype in (torch.bfloat16, torch.float32):
         model, x = quantkit.load(packed, dtype=dtype), inputs(dtype)
         for layer in (0, 1):
@@ -207,6 +210,15 @@ def test_ranks_together_compute_the_whole(
         torch.testing.assert_close(run("gate_up", rank), mine, **close)
     shapes = {tuple(p["o"].quantkit.weight.shape) for p in parts}
     assert len(shapes) == 1, "all ranks run the same shapes"
+
+
+def test_slices_of_a_residual_branch_are_refused(
+    wide: Path, tmp_path: Path, plugin: Any, parallel: Any
+) -> None:
+    packed = pack(wide, RESIDUAL, Target(tmp_path / "packed")).output
+    parallel(0, 2)
+    with pytest.raises(UsageError, match="attn_out: a residual branch does not cut into 2 slices"):
+        build(plugin, open_checkpoint(packed), 0, torch.float32)
 
 
 def test_the_reference_is_announced(
