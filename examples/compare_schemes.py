@@ -59,6 +59,11 @@ def recipe(name: str, rounding: str, branch_bits: float | None = None) -> PackOp
     return PackOptions(name, rounding=rounding, branch_bits=branch_bits)
 
 
+def residual(name: str, rounding: str, branch_bits: float) -> PackOptions:
+    """A recipe whose branch is the quantized residual of its channels, in the same GEMM."""
+    return replace(recipe(name, rounding, branch_bits), branch="residual")
+
+
 def fitted(name: str, branch_bits: float | None = None) -> PackOptions:
     """A recipe with balanced channels, aiming at the unquantized model's outputs."""
     return replace(recipe(name, "gptq", branch_bits), balance=True, asymmetric=True)
@@ -93,6 +98,14 @@ SCHEMES: dict[str, PackOptions] = {
     "w4a4, branch of 1.2 bits, gptq": recipe("w4a4", "gptq", 1.2),
     "w4a4, branch of 1.2 bits, gptq, balanced, asymmetric": fitted("w4a4", 1.2),
     "w4a4, branch of 1.2 bits, learned": recipe("w4a4", "learned", 1.2),
+    "w4a4, residual of 0.25 bits, rtn": residual("w4a4", "rtn", 0.25),
+    "w4a4, residual of 0.25 bits, gptq": residual("w4a4", "gptq", 0.25),
+    "w4a4, residual of 1.2 bits, gptq": residual("w4a4", "gptq", 1.2),
+    "w4a4-mx, residual of 0.25 bits, rtn": residual("w4a4-mx", "rtn", 0.25),
+    "w4a4-mx, residual of 0.25 bits, gptq": residual("w4a4-mx", "gptq", 0.25),
+    "w4a4-mx, residual of 0.25 bits, no Hadamard, gptq": replace(
+        residual("w4a4-mx", "gptq", 0.25), hadamard=0
+    ),
     **{
         f"osc, groups of {group}, {rounding}": osc(group, rounding)
         for group in (32, 64, 128)
