@@ -28,6 +28,7 @@ from quantkit import console
 from quantkit.errors import QuantkitError, UsageError
 from quantkit.kernels import residual
 from quantkit.kernels.capability import Kernel, find
+from quantkit.pack.layout import check_index
 
 REFERENCE = "reference"
 
@@ -104,8 +105,11 @@ def prepare(
     """Return a module that computes the linears of `site` at once, None for the reference.
 
     The module holds everything it needs; the caller may free the checkpoint's tensors. A fall
-    back to the reference is warned about once for each reason and recorded either way.
+    back to the reference is warned about once for each reason and recorded either way. Raises
+    InputRejected when the linears' `outlier_index` names no channels of theirs.
     """
+    for tensors in linears:
+        check_index(tensors, work.width, site)
     choice = choose(work, device)
     prepared: nn.Module | None = None
     if choice.kernel is not None:

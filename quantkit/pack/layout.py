@@ -97,6 +97,22 @@ def index_tensor(channels: Tensor, columns: int) -> Tensor:
     return index
 
 
+def check_index(tensors: Mapping[str, Tensor], width: int, where: str) -> None:
+    """InputRejected when `outlier_index` (if there is one) is not what `index_tensor` makes.
+
+    Kernels and the reference gather by it: a number past the width would read other memory.
+    """
+    channels = channels_of(tensors)
+    if channels is None:
+        return
+    index = tensors["outlier_index"]
+    ascending = bool((channels.diff() > 0).all()) and bool((index[len(channels) :] == -1).all())
+    if not ascending or (len(channels) and int(channels[-1]) >= width):
+        raise InputRejected(
+            f"{where}: outlier_index does not name channels of {width} in ascending order"
+        )
+
+
 def channels_of(tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The separated channels of a packed linear, without the padding: int64; None without."""
     index = tensors.get("outlier_index")

@@ -232,6 +232,23 @@ def test_experts_of_a_kind_left_out_stay_linears(tmp_path: Path) -> None:
     assert torch.equal(expert["down_proj"].weight, weight)
 
 
+@pytest.mark.parametrize("damage", [100_000, 64, -2, 0], ids=lambda d: f"index-{d}")
+@pytest.mark.parametrize("options", [PackOptions("osc"), RESIDUAL], ids=["osc", "residual"])
+def test_an_index_of_no_channels_is_one_line(
+    calibrated: Path, tmp_path: Path, options: PackOptions, damage: int
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    packed = pack(calibrated, options, Target(tmp_path / "packed")).output
+    tensors = load_file(packed / "model.safetensors")
+    index = tensors["model.layers.1.mlp.up_proj.outlier_index"]
+    index[1] = damage
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    model = quantkit.load(packed)
+    with pytest.raises(InputRejected, match=r"layers\.1\.mlp_in: outlier_index does not name"):
+        logits(model)
+
+
 def test_an_ordinary_checkpoint_loads_too(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "model")
     assert torch.equal(logits(quantkit.load(source)), logits(original(source, torch.float32)))
