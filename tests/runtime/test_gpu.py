@@ -13,6 +13,7 @@ from quantkit.formats import mxfp4
 from quantkit.kernels import capability, dispatch, sm90
 from quantkit.pack.layout import index_tensor
 from quantkit.pack.scheme import build
+from quantkit.pack.separate import extended
 from quantkit.runtime.convert import replace_linears
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.norm import SiteNorm
@@ -32,15 +33,17 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(found)
 
 
-def packed_model(branch: bool) -> Any:
+def packed_model(branch: str | None) -> Any:
     """A small Qwen3 with MXFP4 linears, one channel of each 32 in the branch or none."""
     model = tiny_model("qwen3", hidden_size=256, intermediate_size=512, head_dim=64)
     model = model.to(torch.bfloat16)
     weights = {name: module.weight.data for name, module in model.named_modules() if "proj" in name}
-    scheme = build("osc", group=GROUP, mlp_out="mxfp4") if branch else build("mxfp4")
-    columns = {"attn_in": 16, "attn_out": 16, "mlp_in": 16, "mlp_out": 16}
+    scheme = build("mxfp4")
+    if branch:
+        scheme = build("osc", group=GROUP, mlp_out="mxfp4", branch=branch)
+    columns = 32 if branch == "residual" else 16
     sites = {
-        kind: replace(fmt, outliers=columns[kind]) if fmt.branch else fmt
+        kind: replace(fmt, outliers=columns) if fmt.branch else fmt
         for kind, fmt in scheme.sites.items()
     }
     replace_linears(model, replace(scheme, sites=sites), torch.bfloat16)
@@ -55,11 +58,14 @@ def fill(module: QuantLinear, weight: Tensor) -> None:
     tensors: dict[str, Tensor] = {}
     if module.format.branch:
         channels = torch.arange(3, weight.shape[1], GROUP)
+        tensors["outlier_index"] = index_tensor(channels, module.format.outliers)
+    if module.format.appended:
+        weight = extended(weight, channels, module.format)
+    elif module.format.branch:
         branch = weight.new_zeros(len(weight), module.format.outliers)
         branch[:, : len(channels)] = weight[:, channels]
         weight = weight.index_fill(1, channels, 0)
         tensors["outlier_weight"] = branch.to(torch.bfloat16)
-        tensors["outlier_index"] = index_tensor(channels, module.format.outliers)
     tensors["weight_packed"], tensors["weight_scale"] = mxfp4.quantize(weight, "even")
     assert set(tensors) == set(module.packed_names)
     for name, tensor in tensors.items():
@@ -71,10 +77,10 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(3, 256, (batch, length), generator=generator).cuda()
 
 
-@pytest.mark.parametrize("branch", [False, True])
+@pytest.mark.parametrize("branch", [None, "bf16", "residual"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (4, 200)])
 def test_kernels_agree_with_the_reference(
-    branch: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    branch: str | None, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = packed_model(branch)
     ids = tokens(*shape)
@@ -99,7 +105,7 @@ def test_norms_inside_the_kernel_give_what_torchs_give(
     monkeypatch.setattr(
         sm90.ExactFoldLinear, "normed", lambda *args: calls.append(1) or normed(*args)
     )
-    model = packed_model(branch=True)
+    model = packed_model("bf16")
     ids = tokens(*shape)
     with torch.no_grad():
         got = model(ids).logits.float()
@@ -113,8 +119,9 @@ def test_norms_inside_the_kernel_give_what_torchs_give(
     assert (got - want).norm() / want.norm() < 0.02
 
 
-def test_a_cuda_graph_replays_the_same_bits() -> None:
-    model = packed_model(branch=True)
+@pytest.mark.parametrize("branch", ["bf16", "residual"])
+def test_a_cuda_graph_replays_the_same_bits(branch: str) -> None:
+    model = packed_model(branch)
     ids = tokens(2, 1)
     with torch.no_grad():
         for _ in range(2):
@@ -133,7 +140,7 @@ def test_a_cuda_graph_replays_the_same_bits() -> None:
 
 
 def test_torch_compile_with_cuda_graphs() -> None:
-    model = packed_model(branch=True)
+    model = packed_model("bf16")
     ids = tokens(2, 1)
     with torch.no_grad():
         want = model(ids, use_cache=False).logits.float()
@@ -144,7 +151,7 @@ def test_torch_compile_with_cuda_graphs() -> None:
 
 
 def test_generate_with_a_static_cache() -> None:
-    model = packed_model(branch=True)
+    model = packed_model("bf16")
     ids = tokens(2, 8)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
@@ -157,7 +164,7 @@ def test_generate_with_a_static_cache() -> None:
 
 
 def test_the_packed_tensors_leave_the_gpu() -> None:
-    model = packed_model(branch=False)
+    model = packed_model(None)
     stored = [m for m in model.modules() if isinstance(m, QuantLinear)]
     size = sum(tensor.nbytes for module in stored for tensor in module.packed().values())
     torch.cuda.synchronize()
