@@ -331,8 +331,11 @@ class _Describer:
             raise InputRejected(f"the checkpoint has no tensor {name}")
         if len(shape) != dimensions or 0 in shape:
             raise InputRejected(f"{name} has shape {shape}: {dimensions} dimensions expected")
+        appended = self._appended(module)
+        if appended >= shape[-1]:
+            raise InputRejected(f"{module}.outlier_index repeats more columns than there are")
         self.known.add(name)
-        return (*shape[:-1], shape[-1] - self._appended(module))
+        return (*shape[:-1], shape[-1] - appended)
 
     def _appended(self, module: str) -> int:
         """Columns of a packed linear that repeat others: those of a residual branch."""

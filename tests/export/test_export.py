@@ -81,6 +81,20 @@ def test_a_residual_branch_is_refused(calibrated: Path, tmp_path: Path, to: str)
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_index_longer_than_its_weight_is_refused(calibrated: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    options = PackOptions("nvfp4", branch="residual", branch_bits=0.25)
+    packed = pack(calibrated, options, Target(tmp_path / "packed")).output
+    tensors = load_file(packed / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.outlier_index"
+    tensors[name] = torch.zeros(4096, dtype=torch.int32)
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    (packed / "quantkit.json").unlink()
+    with pytest.raises(InputRejected, match=r"up_proj\.outlier_index repeats more columns"):
+        export(packed, Options(), Target(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("options", [PackOptions("osc"), OSC4, NVFP4_BRANCH])
 def test_folding_gives_the_library_plain_weights(
     calibrated: Path, tmp_path: Path, options: PackOptions

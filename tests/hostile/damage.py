@@ -77,7 +77,10 @@ def bases() -> list[dict[str, bytes]]:
         "scheme": "osc",
         "scale_rule": "even",
         "sites": {"attn_in": site, "mlp_out": site | {"hadamard": {"block": 32}}},
-        "overrides": {"layers.0.mlp_out": site},
+        "overrides": {
+            "layers.0.mlp_out": site,
+            "layers.1.mlp_out": site | {"branch": "residual", "outliers": 32},
+        },
         "ignore": ["lm_head"],
     }
     packed = {
