@@ -18,7 +18,7 @@ from quantkit.errors import InputRejected, UsageError
 from quantkit.formats import nvfp4
 from quantkit.model.families import describe
 from quantkit.model.sites import KINDS, ModelLayout, Site
-from quantkit.outliers.budget import evened
+from quantkit.outliers.budget import evened, expected_loss
 from quantkit.outliers.choose import choose
 from quantkit.outliers.plan import FILE as PLAN_FILE
 from quantkit.outliers.plan import Plan, load_plan
@@ -103,8 +103,8 @@ class Job:
         if site.key in self.channels and not fmt.appended:
             energy[self.channels[site.key]] = 0
         energy = evened(energy, fmt.hadamard_size)
-        if fmt.appended:  # what is lost of a channel is about in proportion to the channel
-            lost = energy[self.channels[site.key]]
+        if fmt.appended:
+            lost = expected_loss(energy, fmt.activations)[self.channels[site.key]]
             energy = torch.cat([energy, lost, lost.new_zeros(fmt.appended - len(lost))])
         return energy.float()
 

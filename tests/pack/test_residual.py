@@ -15,14 +15,15 @@ from quantkit.errors import InputRejected, UsageError
 from quantkit.formats import FORMATS, mxfp4
 from quantkit.kernels import reference
 from quantkit.outliers.separate import separate_outliers
-from quantkit.pack.job import PackOptions
+from quantkit.pack.job import PackOptions, prepare
 from quantkit.pack.pack import pack
 from quantkit.pack.preview import preview
 from quantkit.pack.rounding import round_for_inputs, round_weight
 from quantkit.pack.scheme import SiteFormat, from_json
 from quantkit.pack.separate import extended
+from quantkit.pack.site_plan import SitePlan, load_site_plan
 from tests.pack.test_gptq import correlated, output_error, weight
-from tests.pack.test_sequential import excess
+from tests.pack.test_sequential import excess, same
 from tests.tiny import calibrate_tiny
 from tests.workspace import Shell
 
@@ -165,6 +166,26 @@ def test_a_plan_of_groups_serves_a_residual(calibrated: Path, tmp_path: Path) ->
     plan = json.loads((planned / "outliers.json").read_text())["sites"]["layers.0.attn_in"]
     index = packed.read(f"{Q0}.outlier_index")
     assert index.tolist() == plan + [-1] * (32 - len(plan))
+
+
+def test_a_site_plan_says_the_same(calibrated: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(calibrated)
+    job = prepare(source, NV)
+    plan = SitePlan(
+        {site.key: job.format(site) for site in job.layout.sites},
+        {key: tuple(found.tolist()) for key, found in job.channels.items()},
+        "even",
+        source.weights_digest(),
+    )
+    (tmp_path / "plan.json").write_bytes(plan.encode())
+    assert load_site_plan(tmp_path / "plan.json", source, job.layout).formats == plan.formats
+    planned = PackOptions("plan", plan=str(tmp_path / "plan.json"))
+    one = pack(calibrated, planned, Target(tmp_path / "one")).output
+    assert same(one, pack(calibrated, NV, Target(tmp_path / "two")).output)
+    broken = (tmp_path / "plan.json").read_text().replace('"outliers": 16', '"outliers": 32')
+    (tmp_path / "plan.json").write_text(broken)
+    with pytest.raises(InputRejected, match="not a plan"):
+        pack(calibrated, planned, Target(tmp_path / "three"))
 
 
 def test_the_command_line(calibrated: Path, tmp_path: Path, shell: Shell) -> None:
