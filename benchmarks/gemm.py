@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from torch.nn.functional import silu
 
 from quantkit import console
 from quantkit.errors import QuantkitError
-from quantkit.kernels import bench, dispatch, reference, sm90, sm90_tiles
+from quantkit.kernels import bench, dispatch, jit, reference, sm90, sm90_tiles
 from quantkit.pack.scheme import SiteFormat
 
 BRANCHES = ((None, 0), ("bf16", 32), ("fp8", 64))  # branch, one outlier channel of so many
@@ -82,14 +84,21 @@ def times(modules: list[Any], x: Tensor, timer: bench.Timer) -> dict[str, float]
     """The GEMM alone, launched plainly and overlapped, and after its activation kernel."""
     operands = modules[0].quantize(x)
     products = [partial(module.multiply, *operands) for module in modules]
-    found = {"overlapped": timer(products), "chain": timer([partial(m, x) for m in modules])}
+    found = alone(products, timer)
+    found["chain"] = timer([partial(module, x) for module in modules])
+    cold = [x.clone() for _ in range(min(bench.MOST_COPIES, 2 + bench.COLD_BYTES // x.nbytes))]
+    found["activation"] = timer([partial(modules[0].quantize, other) for other in cold])
+    return found
+
+
+def alone(products: list[Callable[[], Tensor]], timer: bench.Timer) -> dict[str, float]:
+    """The GEMM by itself, launched both ways."""
+    found = {"overlapped": timer(products)}
     sm90.OVERLAP = False
     try:
         found["plain"] = timer(products)
     finally:
         sm90.OVERLAP = True
-    cold = [x.clone() for _ in range(min(bench.MOST_COPIES, 2 + bench.COLD_BYTES // x.nbytes))]
-    found["activation"] = timer([partial(modules[0].quantize, other) for other in cold])
     return found
 
 
@@ -129,14 +138,16 @@ def candidates(
     modules: list[Any], x: Tensor, timer: bench.Timer
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Times of tiles that no plan takes, and whether they give what the planned tile gives."""
-    expected = modules[0](x)
+    operands = modules[0].quantize(x)
+    products = [partial(module.multiply, *operands) for module in modules]
+    expected = products[0]()
     for tile in sm90_tiles.CANDIDATES:
         if tile.tokens != sm90_tiles.token_tile(len(x)):
             continue
         with sm90_tiles.trying(tile):
             try:
-                y = modules[0](x)
-                found = times(modules, x, timer)
+                y = products[0]()
+                found = alone(products, timer)
             except QuantkitError as error:
                 console.note(f"{tile}: {error.message}")
                 continue
@@ -225,6 +236,13 @@ def title(found: dict[str, Any]) -> str:
     )
 
 
+def build(tiles: Sequence[sm90_tiles.Tile]) -> None:
+    """Compile what will be timed, on all cores, before the GPU has to wait for it."""
+    texts = [sm90_tiles.gemm_text(t, "mxfp4", branch) for t in tiles for branch, _ in BRANCHES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda text: jit.compile(text, "sm90_gemm", sm90.ARCH), texts))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -242,6 +260,8 @@ def main() -> None:
         raise SystemExit("this benchmark needs an NVIDIA GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     timer: bench.Timer = lambda calls: bench.graph_time(calls, options.repeats)  # noqa: E731
+    if dispatch.capability(device) == (9, 0):
+        build((*sm90_tiles.TILES, *(sm90_tiles.CANDIDATES if options.candidates else ())))
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,

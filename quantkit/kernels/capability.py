@@ -21,7 +21,6 @@ class Kernel:
     module: str  # quantkit.kernels.<module>
     nvcc: tuple[int, int]  # the oldest compiler that knows the instructions
     ran: bool  # whether its results were checked on that hardware
-    untried: bool = False  # taken only under QUANTKIT_KERNEL=untried
 
 
 def _blackwell(gpu: str, capability: tuple[int, int], weights: str, activations: str) -> Kernel:
@@ -48,8 +47,7 @@ def _hopper_bf16(weights: str, activations: str) -> Kernel:
         branches=(None,),
         module="sm90_wide",
         nvcc=(12, 3),
-        ran=False,
-        untried=True,
+        ran=True,
     )
 
 
@@ -94,12 +92,10 @@ def find(
     activations: str,
     branch: str | None,
     capability: tuple[int, int] | None,
-    untried: bool = False,
 ) -> Kernel | str:
     """Return the kernel for a site's formats on a GPU, or why there is none.
 
-    `capability` is the GPU's compute capability, None without a GPU. Kernels marked `untried` are
-    taken when the argument says so.
+    `capability` is the GPU's compute capability, None without a GPU.
     """
     if capability is None:
         return "no CUDA device"
@@ -112,10 +108,5 @@ def find(
         return f"no {weights} x {activations} kernel for {gpu}"
     for row in rows:
         if branch in row.branches:
-            if row.untried and not untried:
-                return (
-                    f"the {weights} x {activations} kernel for {gpu} has only been emulated "
-                    "(QUANTKIT_KERNEL=untried takes it)"
-                )
             return row
     return f"{rows[0].name} has no {branch} branch"

@@ -68,15 +68,14 @@ _said: set[str] = set()
 def choose(work: Work, device: torch.device) -> Choice:
     """Return the kernel for `work` on `device`; compiles nothing and says nothing.
 
-    `QUANTKIT_KERNEL=reference` forces the reference, `untried` takes kernels that have only been
-    emulated as well; any other value but `auto` is a UsageError.
+    `QUANTKIT_KERNEL=reference` forces the reference; any other value but `auto` is a UsageError.
     """
     wanted = os.environ.get("QUANTKIT_KERNEL", "auto")
     if wanted == REFERENCE:
         return Choice(None, "QUANTKIT_KERNEL=reference")
-    if wanted not in ("auto", "untried"):
+    if wanted != "auto":
         raise UsageError(
-            f"QUANTKIT_KERNEL={wanted!r} names no kernel", "set it to auto, reference or untried"
+            f"QUANTKIT_KERNEL={wanted!r} names no kernel", "set it to auto or reference"
         )
     if work.dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"kernels compute in bfloat16 and float16, not {work.dtype}")
@@ -85,7 +84,7 @@ def choose(work: Work, device: torch.device) -> Choice:
             return Choice(None, reason)
         work = residual.widened(work)
     gpu = capability(device)
-    found = find(work.weights, work.activations, work.branch, gpu, wanted == "untried")
+    found = find(work.weights, work.activations, work.branch, gpu)
     if isinstance(found, str):
         return Choice(None, found)
     reason = _module(found).refuse(found, work)

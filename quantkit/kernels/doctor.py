@@ -140,8 +140,7 @@ def _here(
     if os.environ.get("QUANTKIT_KERNEL") == "reference":
         return {"kernel": "reference", "why": "QUANTKIT_KERNEL=reference"}
     capability = tuple(devices[0]["capability"]) if devices else None
-    untried = os.environ.get("QUANTKIT_KERNEL") == "untried"
-    found = find(weights, activations, None, capability, untried)
+    found = find(weights, activations, None, capability)
     if isinstance(found, str):
         return {"kernel": "reference", "why": found}
     if not compiler["ready"]:
@@ -167,13 +166,10 @@ def _with_branches(weights: str, activations: str, kernel: Kernel) -> str:
 
 
 def _never_ran() -> list[str]:
-    unseen = sorted({row.arch for row in KERNELS if not row.ran and not row.untried})
-    untried = [f"{row.name} {row.weights} x {row.activations}" for row in KERNELS if row.untried]
+    unseen = sorted({row.arch for row in KERNELS if not row.ran})
     lines = [""]
     if unseen:
         lines.append(
             f"Compiled and inspected, but never run on their hardware: {', '.join(unseen)}."
         )
-    if untried:
-        lines.append(f"Only emulated, taken under QUANTKIT_KERNEL=untried: {', '.join(untried)}.")
     return lines

@@ -88,6 +88,13 @@ CUTLASS_DEVICE uint32_t load_flag(uint32_t const* flag) {
   return v;
 }
 
+// *at += v, in L2; nothing waits for it. Sums of one thread are in its order.
+CUTLASS_DEVICE void reduce_add(float4* at, float4 v) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
 // ---- 16- and 8-bit numbers
 
 // Two products of bfloat16; subnormals count.
@@ -120,6 +127,12 @@ CUTLASS_DEVICE uint64_t evict_first_policy() {
 CUTLASS_DEVICE uint64_t evict_last_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+CUTLASS_DEVICE uint64_t evict_normal_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 

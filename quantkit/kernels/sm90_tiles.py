@@ -18,7 +18,8 @@ from quantkit.kernels.prepare import ROWS
 class Tile:
     """Parameters of `Tile` in `sm90_schedule.cuh`: tokens, 64-row groups, groups along K that add
     up at the end, bricks a group takes per pipeline stage, stages, the columns after which running
-    sums move to FP32, and CTAs that fetch tokens for one another."""
+    sums move to FP32, CTAs that fetch tokens for one another, and whether warpgroups take turns at
+    the tensor cores."""
 
     tokens: int
     row_groups: int
@@ -27,6 +28,7 @@ class Tile:
     stages: int
     promote: int = 512
     cluster: int = 1
+    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,30 @@ TILES = (
     Tile(64, 1, 4, 1, 3),
     Tile(64, 2, 2, 1, 5),
     Tile(64, 3, 1, 2, 5),
-    Tile(64, 4, 1, 2, 4),
-    Tile(256, 2, 1, 1, 4),
-)
-# Tiles that no plan takes yet: their results were checked by emulation, not on a GPU. Tokens come
-# by multicast, which halves what an SM reads from L2, the limit of prefill and of 64 tokens; the
-# sums of prefill stay in the tensor cores' registers for 4096 columns.
-CANDIDATES = (
-    Tile(16, 1, 4, 1, 8, 512, 2),
-    Tile(32, 1, 4, 1, 5, 512, 2),
-    Tile(64, 1, 4, 1, 3, 2048, 2),
-    Tile(64, 1, 4, 1, 3, 2048, 4),
-    Tile(64, 2, 2, 1, 5, 2048, 2),
     Tile(64, 3, 1, 2, 5, 2048, 2),
+    Tile(256, 2, 1, 1, 4),
     Tile(256, 2, 1, 1, 4, 4096),
-    Tile(256, 2, 1, 1, 4, 4096, 2),
+)
+# Tiles that no plan takes yet: their results were checked by emulation, not on a GPU. Warpgroups
+# take turns; prefill has a stage more, and its sums stay in the tensor cores' registers for 2048
+# columns and more; one 64-row block a warpgroup, so that 24576 outputs are one round of 128 CTAs.
+CANDIDATES = (
+    Tile(8, 1, 4, 2, 4, 512, 1, 1),
+    Tile(8, 3, 1, 2, 6, 2048),
+    Tile(16, 1, 4, 1, 8, 512, 1, 1),
+    Tile(16, 3, 1, 2, 6, 2048),
+    Tile(16, 3, 1, 2, 6, 2048, 1, 1),
+    Tile(32, 1, 4, 1, 5, 512, 1, 1),
+    Tile(32, 3, 1, 2, 6, 2048, 1, 1),
+    Tile(64, 1, 4, 1, 3, 2048, 1, 1),
+    Tile(64, 2, 2, 1, 5, 2048, 1, 1),
+    Tile(64, 3, 1, 2, 5, 2048),
+    Tile(64, 3, 1, 2, 5, 2048, 1, 1),
+    Tile(64, 3, 1, 2, 5, 2048, 2, 1),
+    Tile(256, 2, 1, 1, 5, 2048),
+    Tile(256, 2, 1, 1, 5, 2048, 1, 1),
+    Tile(256, 2, 1, 1, 5, 2048, 2, 1),
+    Tile(256, 2, 1, 1, 5, 4096, 1, 1),
 )
 PREFILL = 192  # more tokens than this take the 256-token tile
 
@@ -88,19 +99,24 @@ def plan(outputs: int, width: int, tokens: int, sms: int = 132) -> Plan:
     for tile in _trial:
         if tile.tokens == size:
             return plan_of(tile, outputs, width, tokens, sms)
+    return plan_of(_choose(size, blocks, width, sms), outputs, width, tokens, sms)
+
+
+def _choose(size: int, blocks: int, width: int, sms: int) -> Tile:
+    """The tile for `blocks` 64-row blocks and token tiles of `size`."""
     # More rows a CTA read the tokens less often; fewer rows divide better.
     if size == 256:
-        rows = 2
-    elif size <= 16 or (blocks <= sms and size == 32):
-        rows = 1
-    elif size == 32:
-        rows = 3 if blocks % 3 == 0 else 4
-    elif blocks <= sms // 2:
-        rows = 2
-    else:
-        rows = 1 if blocks <= sms and width <= 8192 else 3
-    deep = size == 16 and blocks * width > 128 * 12288
-    return plan_of(_tile(size, rows, 2 if deep else None), outputs, width, tokens, sms)
+        # FP8 products of more than 4096 columns in one running sum cost the last bit of bfloat16.
+        return _tile(size, 2, promote=4096 if width <= 4096 else 512)
+    if size <= 16:
+        return _tile(size, 1, bricks=2 if size == 8 or blocks * width > 128 * 12288 else 1)
+    if size == 32:
+        return _tile(size, 1 if blocks <= sms else 3 if blocks % 3 == 0 else 4)
+    if blocks <= sms // 2:
+        return _tile(size, 2)
+    if blocks <= sms:
+        return _tile(size, 1 if width <= 8192 else 3)
+    return _tile(size, 3, cluster=2, promote=2048)
 
 
 def plan_of(tile: Tile, outputs: int, width: int, tokens: int, sms: int = 132) -> Plan:
@@ -129,17 +145,20 @@ def trying(tile: Tile) -> Iterator[None]:
         _trial.remove(tile)
 
 
-def _tile(tokens: int, rows: int, bricks: int | None = None) -> Tile:
+def _tile(
+    tokens: int, rows: int, *, bricks: int | None = None, cluster: int = 1, promote: int = 512
+) -> Tile:
+    wanted = (tokens, rows, promote, cluster)
     return next(
         t
         for t in TILES
-        if t.tokens == tokens and t.row_groups == rows and bricks in (None, t.bricks)
+        if (t.tokens, t.row_groups, t.promote, t.cluster) == wanted and bricks in (None, t.bricks)
     )
 
 
 def careful(tile: Tile) -> Tile:
     """The tile for FP32 results: running sums move to FP32 more often than 16 bits need."""
-    return replace(tile, promote=512) if tile.promote > 512 else tile
+    return replace(tile, promote=512, cluster=1, turns=0) if tile.promote > 512 else tile
 
 
 def gemm_text(tile: Tile, weights: str, branch: str | None) -> str:

@@ -16,6 +16,7 @@ template <int> void warpgroup_reg_dealloc() {}
 inline void wait_on_dependent_grids() {}
 inline void launch_dependent_grids() {}
 inline void fence_barrier_init() {}
+inline void fence_view_async_shared() {}
 }  // namespace arch
 }  // namespace cutlass
 
@@ -87,6 +88,9 @@ inline void store_matrices(uint32_t address, uint32_t first, uint32_t second) {
 }
 inline void store_flag(uint32_t* flag, uint32_t value) { *flag = value, emulated::moved = true; }
 inline uint32_t load_flag(uint32_t const* flag) { return *flag; }
+inline void reduce_add(float4* at, float4 v) {
+  at->x += v.x, at->y += v.y, at->z += v.z, at->w += v.w;
+}
 
 // ---- FP8
 
@@ -168,6 +172,7 @@ inline void barrier_arrive(int id, int threads) {
 
 inline uint64_t evict_first_policy() { return 0; }
 inline uint64_t evict_last_policy() { return 0; }
+inline uint64_t evict_normal_policy() { return 0; }
 template <int Cluster = 1>
 void bulk_copy(uint32_t smem, void const* gmem, uint32_t bytes, FullBarrier& full, uint64_t) {
   EMULATED_REQUIRE(smem % 16 == 0 && uintptr_t(gmem) % 16 == 0 && bytes % 16 == 0 && bytes > 0);

@@ -104,6 +104,9 @@ def test_the_gemm_is_exact_up_to_its_sum(
     y = module.multiply(*operands, torch.float32)
     assert relative_error(y, expected) <= EXACT
     assert torch.equal(y, module.multiply(*operands, torch.float32))
+    monkeypatch.setattr(sm90_tiles, "careful", lambda tile: tile)  # that of 16-bit results
+    y = module.multiply(*operands, torch.float32)
+    assert relative_error(y, expected) <= EXACT
     assert torch.equal(y.bfloat16(), module.multiply(*operands, torch.bfloat16))
     assert torch.equal(y.half(), module.multiply(*operands, torch.float16))
 
@@ -111,11 +114,14 @@ def test_the_gemm_is_exact_up_to_its_sum(
 @pytest.mark.parametrize(
     ("width", "outputs", "branch", "tokens", "chosen"),
     [
-        (1024, (256, 60), "bf16", 13, (16, 1, 2)),  # five row tiles in clusters of two
-        (2048, (704,), "fp8", 16, (16, 1, 2)),  # split tiles
-        (1024, (320,), None, 40, (64, 1, 4)),
-        (2496, (320,), "fp8", 270, (256, 2, 2)),  # sums rest in the workspace
-        (1472, (192,), "bf16", 300, (256, 2, 1)),
+        (2048, (704,), "fp8", 5, (8, 3, 1, 0)),  # split tiles
+        (1024, (256, 60), "bf16", 13, (16, 1, 1, 1)),
+        (1664, (704,), "fp8", 16, (16, 3, 1, 1)),
+        (1024, (320,), None, 40, (64, 1, 1, 1)),  # warpgroups that share rows take turns
+        (1152, (320,), "bf16", 40, (64, 2, 1, 1)),
+        (2048, (704,), None, 48, (64, 3, 2, 1)),  # in clusters of two
+        (2496, (320,), "fp8", 270, (256, 2, 2, 1)),  # sums rest in the workspace
+        (1472, (192,), "bf16", 300, (256, 2, 1, 1)),
     ],
 )
 def test_candidates_are_exact_up_to_their_sum(
@@ -125,11 +131,31 @@ def test_candidates_are_exact_up_to_their_sum(
     outputs: tuple[int, ...],
     branch: str | None,
     tokens: int,
-    chosen: tuple[int, int, int],
+    chosen: tuple[int, int, int, int],
 ) -> None:
     run_on(emulator, monkeypatch)
-    tiles = {(t.tokens, t.row_groups, t.cluster): t for t in sm90_tiles.CANDIDATES}
-    tile = replace(tiles[chosen], promote=min(tiles[chosen].promote, 1024))
+    tiles = {(t.tokens, t.row_groups, t.cluster, t.turns): t for t in sm90_tiles.CANDIDATES}
+    check_tile(tiles[chosen], width, outputs, branch, tokens, monkeypatch)
+
+
+def test_clusters_and_resting_sums_that_plans_take(emulator, monkeypatch) -> None:
+    run_on(emulator, monkeypatch)
+    cluster, prefill = (
+        next(t for t in sm90_tiles.TILES if t.promote == promote) for promote in (2048, 4096)
+    )
+    check_tile(cluster, 1024, (320,), "bf16", 40, monkeypatch)
+    check_tile(prefill, 3200, (192,), "fp8", 270, monkeypatch)
+
+
+def check_tile(
+    tile: sm90_tiles.Tile,
+    width: int,
+    outputs: tuple[int, ...],
+    branch: str | None,
+    tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tile = replace(tile, promote=min(tile.promote, 1024))
     monkeypatch.setattr(sm90_tiles, "careful", lambda tile: tile)
     task = work(width, outputs, branch, 48 if branch else 0)
     linears = layer(task)
@@ -138,6 +164,7 @@ def test_candidates_are_exact_up_to_their_sum(
     with sm90_tiles.trying(tile):
         assert sm90_tiles.plan(sum(outputs), width, tokens, SMS).tile == tile
         y = product(module, x)
+        assert torch.equal(y, product(module, x))
     assert relative_error(y, exact(task, linears, x)) <= EXACT
 
 
@@ -268,6 +295,8 @@ def test_products_in_bfloat16_are_exact_up_to_their_sum(
     y = module.multiply(*operands, torch.float32)
     assert relative_error(y, torch.cat([expected(x) for _, expected in site], 1)) <= EXACT
     assert torch.equal(y, module.multiply(*operands, torch.float32))
+    monkeypatch.setattr(sm90_tiles, "careful", lambda tile: tile)  # that of 16-bit results
+    y = module.multiply(*operands, torch.float32)
     assert torch.equal(y.bfloat16(), module(x))
 
 
@@ -278,8 +307,10 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
     )
     monkeypatch.setattr(gemm.bench, "COLD_BYTES", 0)
     monkeypatch.setattr(gemm, "compiled", lambda function: function)
+    tiles = [next(t for t in sm90_tiles.CANDIDATES if t.tokens == size) for size in (8, 256)]
+    monkeypatch.setattr(sm90_tiles, "CANDIDATES", tiles)
     options = argparse.Namespace(
-        shapes=[(192, 512)], tokens=(3, 300), peers=["bf16"], candidates=True
+        shapes=[(192, 512)], tokens=(3, 200), peers=["bf16"], candidates=True
     )
     launches = []
 
@@ -293,7 +324,7 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
     with torch.inference_mode():
         found["cells"] = list(gemm.cells(options, torch.device("cpu"), timer, 1e12))
     assert [(c["tokens"], c["branch"]) for c in found["cells"]] == [
-        (3, None), (300, None), (3, "bf16"), (300, "bf16"), (3, "fp8"),
+        (3, None), (200, None), (3, "bf16"), (200, "bf16"), (3, "fp8"),
     ]  # fmt: skip
     assert all(cell["error"] < 2.5e-3 and cell["repeats"] for cell in found["cells"])
     assert sm90.OVERLAP
@@ -302,7 +333,7 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
     assert len(lines) == 2 + 5
     assert lines[2].startswith("| 192, 512 | 3 | none | - | 2.0 | 2.0 |")
     tried = gemm.tried(found)
-    assert len(tried) == 4
+    assert len(tried) == 5
     differences = [us["difference"] for c in found["cells"] for us in c["candidates"].values()]
     assert all(difference < 2e-3 for difference in differences)
 

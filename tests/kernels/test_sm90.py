@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import ceil
 
 import pytest
@@ -13,6 +16,7 @@ from quantkit.kernels import capability, dispatch, jit, reference, sm90, sm90_ti
 from quantkit.pack.scheme import SiteFormat
 
 KERNEL = next(row for row in capability.KERNELS if row.module == "sm90")
+WIDE = ("fp4 in bf16", "mxfp8 in bf16")
 SHAPES = [(192, 576), (576, 1536), (6144, 4096), (4096, 12288), (24576, 4096), (57344, 8192)]
 
 
@@ -25,16 +29,17 @@ def test_every_shape_has_a_plan_that_covers_it(shape, tokens, sms):
     assert plan.tile.tokens == sm90_tiles.token_tile(tokens)
     assert 1 <= plan.ctas <= sms
     blocks = ceil(shape[0] / 64)
-    assert plan.tile.cluster == 1
-    tiles = ceil(blocks / plan.tile.row_groups) * ceil(tokens / plan.tile.tokens)
+    cluster = plan.tile.cluster
+    assert plan.ctas % cluster == 0
+    tiles = ceil(blocks / plan.tile.row_groups / cluster) * ceil(tokens / plan.tile.tokens)
     steps = tiles * ceil(shape[1] / (128 * plan.tile.bricks * plan.tile.k_groups))
-    assert plan.ctas <= (steps if plan.split else tiles)
+    assert plan.ctas <= (steps if plan.split else tiles) * cluster
     assert not (plan.split and plan.tile.tokens > 64)
 
 
 def test_tiles_that_divide_are_not_split():
     assert sm90_tiles.plan(24576, 4096, 64) == sm90_tiles.Plan(
-        sm90_tiles.Tile(64, 3, 1, 2, 5), 128, False
+        sm90_tiles.Tile(64, 3, 1, 2, 5, 2048, 2), 128, False
     )
     assert sm90_tiles.plan(6144, 4096, 1).ctas == 96
     assert sm90_tiles.plan(4096, 12288, 1).split
@@ -171,7 +176,7 @@ def test_every_tile_compiles_without_serialized_wgmma(built):
         assert spilled <= 64, tile  # outside the main loop
 
 
-@pytest.mark.parametrize("form", ["fp4 in bf16", "mxfp8 in bf16"])
+@pytest.mark.parametrize("form", WIDE)
 def test_bfloat16_products_compile_without_spills_or_serialized_wgmma(built, form):
     tile = sm90_tiles.plan(4096, 12288, 16).tile
     log = built(sm90_tiles.gemm_text(tile, form, None))
@@ -207,6 +212,17 @@ BOUNDS = {torch.bfloat16: 1.8e-3, torch.float16: 3.7e-4, torch.float32: 3e-4}
 def needs_hopper() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper GPU")
+    build_all()
+
+
+@cache
+def build_all() -> None:
+    """Compile every kernel of these tests on all cores rather than one by one."""
+    tiles = (*sm90_tiles.TILES, *sm90_tiles.CANDIDATES)
+    texts = [sm90_tiles.gemm_text(t, "mxfp4", b) for t in tiles for b in (None, "bf16", "fp8")]
+    texts += [sm90_tiles.gemm_text(t, w, None) for t in sm90_tiles.TILES for w in WIDE]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda text: jit.compile(text, "sm90_gemm", sm90.ARCH), texts))
 
 
 def exact(task: dispatch.Work, linears, x: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_products_in_bfloat16_on_the_gpu(
     formats: tuple[str, str], tokens: int, width: int, outputs: tuple[int, ...]
 ) -> None:
     needs_hopper()
-    kernel = capability.find(*formats, None, (9, 0), untried=True)
+    kernel = capability.find(*formats, None, (9, 0))
     assert not isinstance(kernel, str)
     task = dispatch.Work(*formats, None, "even", None, width, outputs)
     site = [wide_layer(*formats, n, width, i, "cuda") for i, n in enumerate(outputs)]
@@ -108,7 +108,9 @@ def test_products_in_bfloat16_on_the_gpu(
     operands = module.quantize(x)
     for dtype in (torch.bfloat16, torch.float32):
         y = module.multiply(*operands, dtype)
-        assert relative_error(y, wanted) <= BOUNDS[dtype], dtype
+        # Few outputs outweigh the others here, and so does their rounding.
+        rounding = relative_error(wanted.to(dtype), wanted)
+        assert relative_error(y, wanted) <= max(BOUNDS[dtype], rounding + 1e-4), dtype
         assert torch.equal(y, module.multiply(*operands, dtype)), dtype
 
 

@@ -139,14 +139,25 @@ def test_a_cuda_graph_replays_the_same_bits(branch: str) -> None:
         assert torch.equal(got, model(ids, use_cache=False).logits)
 
 
-def test_torch_compile_with_cuda_graphs() -> None:
+@pytest.mark.parametrize("backend", ["cudagraphs", "inductor"])
+def test_torch_compile_with_cuda_graphs(backend: str) -> None:
+    """The same bits from torch's own operators; near where inductor rounds as they do.
+
+    By itself it leaves out roundings to bfloat16 between operators, as in any model; here an ulp
+    anywhere moves codes, and the logits of these random weights by a tenth.
+    """
     model = packed_model("bf16")
     ids = tokens(2, 1)
-    with torch.no_grad():
+    mode = "reduce-overhead" if backend == "inductor" else None
+    with torch.no_grad(), torch._inductor.config.patch(emulate_precision_casts=True):
         want = model(ids, use_cache=False).logits.float()
-        compiled = torch.compile(model, mode="reduce-overhead")
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend, mode=mode)
         for _ in range(4):
             got = compiled(ids, use_cache=False).logits.float().clone()
+    torch._dynamo.reset()
+    if backend == "cudagraphs":
+        assert torch.equal(got, want)
     assert (got - want).norm() / want.norm() < 0.02
 
 
