@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,14 +98,30 @@ class LearnedLinear(nn.Module):
             self.branch = nn.Parameter(rounded.branch.clone())
             self.branch_size = float(rounded.branch.square().mean().sqrt())
         self.reach = spacing(rounded.latent, rounded.grid)  # what one unit of travel is
+        self._held: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] -> [.., out] in the dtype of x."""
-        weight = _straight(self.latent, self.grid.round)
-        if self.branch is not None:
-            branch = _straight(self.branch, lambda b: rounded_branch(b, self.shared.format))
-            weight = torch.cat([weight, branch], 1)
+        weight = self.weight() if self._held is None else self._held
         return functional.linear(self.shared.of(x), weight.to(x.dtype), self.bias)
+
+    def weight(self) -> Tensor:
+        """The weight rounded, with gradients: [out, in + k], the branch's columns last."""
+        weight = _straight(self.latent, self.grid.round)
+        if self.branch is None:
+            return weight
+        branch = _straight(self.branch, lambda b: rounded_branch(b, self.shared.format))
+        return torch.cat([weight, branch], 1)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within it the weight does not move: it is rounded once."""
+        with torch.no_grad():
+            self._held = self.weight()
+        try:
+            yield
+        finally:
+            self._held = None
 
     def result(self) -> Rounded:
         """The weight as it stands."""
@@ -198,12 +214,15 @@ def same_every_time(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def _loss(linears: Mapping[str, LearnedLinear], forward: Forward, pairs: Sequence[Pair]) -> float:
-    total = 0.0
-    for i in range(len(pairs)):
-        x, target = pairs[i]
-        total += float(relative_error(forward(x), target))
-        _forget(linears)
-    return total / max(len(pairs), 1)
+    losses = []
+    with ExitStack() as stack:
+        for linear in linears.values():
+            stack.enter_context(linear.still())
+        for i in range(len(pairs)):
+            x, target = pairs[i]
+            losses.append(relative_error(forward(x), target))
+            _forget(linears)
+    return float(torch.stack(losses).double().mean()) if losses else 0.0
 
 
 def _forget(linears: Mapping[str, LearnedLinear]) -> None:
