@@ -12,7 +12,8 @@ seeds) give the mean over calibrations and their spread:
 
 writes `schemes.json`, `schemes.md` and `schemes.png` (needs matplotlib), and keeps the unquantized
 model's losses in `schemes.safetensors`. Rows that are in the JSON already are not made again, so an
-interrupted run continues. `--peers FILE` adds results of other
+interrupted run continues. On one GPU, processes that learn stand in each other's way: `--jobs 1` is
+fastest there. `--peers FILE` adds results of other
 tools, which examples/peer_losses.py measures where they are installed.
 """
 
