@@ -5,7 +5,8 @@
 Each model generates through transformers' own `generate` with a static cache and its compiled
 decoding step (CUDA graphs); FP8 is torch's per-token scaled_mm in place of every linear of a block.
 Tokens per second count the steps after the first few, from CUDA events at each step; memory is
-what the weights occupy on the GPU before generation.
+what the weights occupy on the GPU before generation, and that of the decoder blocks alone, without
+embedding and output head, which are bfloat16 in every model.
 """
 
 from __future__ import annotations
@@ -175,8 +176,10 @@ def decode(model: Any, batch: int, prompt: int, steps: int) -> float:
     return clock.step_ms()
 
 
-def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Build one model, run every batch size, free it."""
+def measure(
+    kind: str, options: argparse.Namespace, found: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Build one model, run every batch size into `found`, which is saved as it grows, free it."""
     device = torch.device("cuda")
     dispatch.forget()
     before = torch.cuda.memory_allocated()
@@ -189,18 +192,20 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated() - before
-    found: dict[str, Any] = {"weights_bytes": weights, "kernels": dispatch.summary(), "batch": {}}
+    outside = sum(m.weight.nbytes for m in (model.model.embed_tokens, model.lm_head))
+    found |= {"weights_bytes": weights, "blocks_bytes": weights - outside}
+    found |= {"kernels": dispatch.summary(), "batch": {}}
     for batch in options.batch:
         torch._dynamo.reset()
         step = decode(model, batch, options.prompt, options.steps)
         found["batch"][batch] = {"step_ms": step, "tokens_per_s": batch / step * 1e3}
         console.note(f"{kind} batch {batch}: {step:.3f} ms, {batch / step * 1e3:.0f} tokens/s")
+        save()
     if options.profile:
         found["profile"] = profile(model, options)
     del model
     gc.collect()
     torch.cuda.empty_cache()
-    return found
 
 
 def profile(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -235,8 +240,10 @@ def as_text(found: dict[str, Any], layout: Callable[..., str] = console.table) -
                 else "-"
                 for base in ("bf16", "fp8")
             ]
-            size = model["weights_bytes"]
-            share = f"{size / models['bf16']['weights_bytes']:.2f}" if "bf16" in models else "-"
+            memory = []
+            for part in ("weights_bytes", "blocks_bytes"):
+                share = f"{model[part] / models['bf16'][part]:.2f}" if "bf16" in models else "-"
+                memory += [f"{model[part] / 1e9:.2f}", share]
             rows.append(
                 [
                     kind,
@@ -244,11 +251,11 @@ def as_text(found: dict[str, Any], layout: Callable[..., str] = console.table) -
                     f"{cell['step_ms']:.3f}",
                     f"{cell['tokens_per_s']:.0f}",
                     *ratios,
-                    f"{size / 1e9:.2f}",
-                    share,
+                    *memory,
                 ]
             )
     headers = ["model", "batch", "ms a step", "tokens/s", "x bf16", "x fp8", "GB", "of bf16"]
+    headers += ["blocks GB", "of bf16"]
     return f"{found['device']}\n\n{layout(headers, rows)}"
 
 
@@ -268,15 +275,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    found = {
+    found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "layers": options.layers,
         "separate_norms": options.separate_norms,
-        "models": {kind: measure(kind, options) for kind in options.models},
+        "models": {},
     }
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+    def save() -> None:
+        if options.json:  # what is there so far outlives an interruption
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+    for kind in options.models:
+        measure(kind, options, found["models"].setdefault(kind, {}), save)
+    save()
     if options.markdown:
         options.markdown.write_text(as_text(found, markdown) + "\n")
     print(as_text(found))

@@ -97,6 +97,13 @@ CUTLASS_DEVICE void reduce_add(float4* at, float4 v) {
 
 // ---- 16- and 8-bit numbers
 
+// PRMT of a selector whose lower half has bits 0-2 of each nibble only (__byte_perm would mask it).
+CUTLASS_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(select));
+  return v;
+}
+
 // Two products of bfloat16; subnormals count.
 CUTLASS_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   uint32_t v;
@@ -154,6 +161,10 @@ CUTLASS_DEVICE void bulk_copy(uint32_t smem, void const* gmem, uint32_t bytes, F
         "l"(gmem), "r"(bytes), "r"(barrier), "h"(uint16_t((1 << Cluster) - 1)), "l"(policy)
         : "memory");
   }
+}
+
+CUTLASS_DEVICE void prefetch(void const* gmem) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
 }
 
 CUTLASS_DEVICE void copy_async_16(uint32_t smem, void const* gmem) {

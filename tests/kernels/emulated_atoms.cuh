@@ -120,6 +120,10 @@ inline uint16_t to_e5m2x2(float low, float high) {
 }
 inline uint8_t to_e4m3(float v) { return encode_fp8(v, 3, 7, 448, 0x7F); }
 
+inline uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
+  EMULATED_REQUIRE((select & 0x8888) == 0);
+  return __byte_perm(low, high, select);
+}
 inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
   uint32_t v = 0;
   for (int half = 0; half < 32; half += 16) {
@@ -180,6 +184,7 @@ void bulk_copy(uint32_t smem, void const* gmem, uint32_t bytes, FullBarrier& ful
   emulated::copies.push_back({emulated::self->cta, smem, bytes,
                               cute::cast_smem_ptr_to_uint(&full), gmem, Cluster});
 }
+inline void prefetch(void const*) {}
 inline void copy_async_16(uint32_t smem, void const* gmem) {
   emulated::self->async_copies.push_back({smem, gmem});
 }

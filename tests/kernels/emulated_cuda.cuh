@@ -86,6 +86,13 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
   for (int i = 0; i < 4; ++i) out |= uint32_t(both >> (select >> 4 * i & 7) * 8 & 255) << 8 * i;
   return out;
 }
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t sum) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b >> i & 255);
+  return sum;
+}
+inline uint32_t __dp2a_lo(uint32_t a, uint32_t b, uint32_t sum) {
+  return sum + (a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255);
+}
 template <class V> V __ldg(V const* at) { return *at; }
 template <class V> V __ldcg(V const* at) { return *at; }
 template <class V> void __stcg(V* at, V v) { *at = v; }
