@@ -60,6 +60,8 @@ def refuse(kernel: Kernel, work: Work) -> str | None:
     """Say why these shapes or options cannot run, None when they can."""
     if work.width % 32:
         return f"{kernel.name} needs a width that is a multiple of 32, not {work.width}"
+    if work.rule == "mse":  # which tries three exponents a block
+        return f"{kernel.name} has no scale rule {work.rule!r} for activations"
     if work.width > 65536:
         return f"{kernel.name} takes at most 65536 input channels, not {work.width}"
     if work.hadamard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from math import ceil
 
@@ -80,6 +81,7 @@ def test_refusals_name_what_cannot_run():
     assert sm90.refuse(KERNEL, work()) is None
     assert sm90.refuse(KERNEL, work(hadamard={"block": 32})) is None
     assert "multiple of 32" in (sm90.refuse(KERNEL, work(width=40)) or "")
+    assert "no scale rule 'mse'" in (sm90.refuse(KERNEL, replace(work(), rule="mse")) or "")
     assert "not 4096" in (sm90.refuse(KERNEL, work(hadamard={"size": 4096})) or "")
 
 
