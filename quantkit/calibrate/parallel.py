@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit import console
 from quantkit.errors import QuantkitError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TIMEOUT = timedelta(hours=2)  # a rank may wait for another's slower block, not for ever
+SUMMED = 1 << 26  # values of a sum that travel at a time
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,28 @@ class Ranks:
         """Give this process's run of `items`, nearly equal ones in order."""
         return range(items * self.rank // self.size, items * (self.rank + 1) // self.size)
 
-    def broadcast(self, value: Any = None) -> Any:
-        """Give every process the first one's value."""
+    def broadcast(self, value: Any = None, source: int = 0) -> Any:
+        """Give every process the value of one, the first by default."""
         if self.size == 1:
             return value
         import torch.distributed as dist
 
         box = [value]
         with self._together():
-            dist.broadcast_object_list(box, src=0)
+            dist.broadcast_object_list(box, src=source)
         return box[0]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over the processes, the same bits on every one."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        for part in tensor.view(-1).split(SUMMED):
+            summed = part.cpu()
+            with self._together():
+                dist.all_reduce(summed)
+            part.copy_(summed)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Give every process the values of all, by rank."""

@@ -9,14 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.calibrate.parallel import Ranks
 
-def add_outer(total: Tensor, x: Tensor, y: Tensor | None = None) -> None:
-    """total += y^T x (default: x^T x) in float32, for x and y [tokens, n]."""
-    y = x if y is None else y
-    exact = x.dtype == y.dtype == torch.bfloat16  # products of such values lose nothing in float32
-    x, y = x.float(), y.float()
-    with in_bfloat16() if exact and x.device.type == "cpu" else nullcontext():
-        total.addmm_(y.t(), x)
+
+class SecondMoment:
+    """The mean outer product of a site's inputs, gathered batch by batch.
+
+    A batch's product is a float32 matrix, the sum over batches float64: adding up some hundred
+    numbers of 24 bits loses nothing there, so neither the order of the batches nor which process
+    saw which of them changes a bit of the mean.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.total = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """total += y^T x (default: x^T x) for a batch's x and y [tokens, n]."""
+        y = x if y is None else y
+        exact = x.dtype == y.dtype == torch.bfloat16  # products of such values are exact in float32
+        x, y = x.float(), y.float()
+        with in_bfloat16() if exact and x.device.type == "cpu" else nullcontext():
+            product = y.t() @ x
+        self.total += product
+
+    def mean(self, count: int, ranks: Ranks) -> Tensor:
+        """The mean over the `count` tokens that all processes saw: float32 [n, n]."""
+        ranks.add_up(self.total)
+        return self.total.div_(count).float()
 
 
 @contextmanager

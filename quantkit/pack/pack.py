@@ -12,6 +12,7 @@ from quantkit.calibrate.parallel import Ranks, joined
 from quantkit.checkpoint.measure import sizes
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
 from quantkit.checkpoint.step import OpenStep, Target, begin_step, open_source, output_of
+from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.errors import UsageError
 from quantkit.export import compressed_tensors
 from quantkit.pack.balance import EditedCheckpoint
@@ -70,8 +71,9 @@ class PackResult:
 def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) -> PackResult | None:
     """Write a packed checkpoint beside its source, holding one fused group of weights at a time.
 
-    Under a launcher of several processes each rounds its share of the groups (rounding on text is
-    one process's work); the first one writes and alone gets a result. Raises InputRejected for a
+    Under a launcher of several processes each rounds its share of the groups; on text each also
+    carries its share of the samples (learned rounding is one process's work). The first one writes
+    and alone gets a result. Raises InputRejected for a
     packed or damaged input, NaN weights, a stale plan or stale statistics, and widths that do not
     fit; UsageError for options that do not go together.
     """
@@ -86,13 +88,21 @@ def _pack(
     on_text = options.rounding in FROM_INPUTS and options.dtype is None
     if ranks.first:
         output_of(source, suffix(options), target)  # refused before anything is computed
-    elif on_text:
-        return None
+    if on_text and options.rounding == "learned":
+        if not ranks.first:
+            return None
+        if ranks.size > 1:
+            others = f"{ranks.size - 1} of {ranks.size} processes have"
+            console.warn(f"--rounding learned is one process's work: {others} nothing to do")
+        ranks = Ranks(local=ranks.local)
     job = prepare(source, options)
-    if not ranks.first:
-        help_packing(job, options, ranks)
-        return None
     tokens = rounding_text(source, options) if on_text else None
+    if not ranks.first:
+        if tokens is None:
+            help_packing(job, options, ranks)
+        else:
+            _sequential(job, options, tokens, ranks)
+        return None
     config = packed_config(job, options)
     method = config["quantization_config"]["quant_method"]
     with begin_step(
@@ -109,10 +119,8 @@ def _pack(
         },
     ) as step:
         if tokens is not None:
-            from quantkit.pack.sequential import Sequential
-
             step.notes["data"] = tokens.description
-            linears = Sequential(step, job, options, tokens).run()
+            linears = _sequential(job, options, tokens, ranks, step.writer)
         else:
             linears = pack_sites(step, job, options, ranks)
         _write_edited(step, job)
@@ -128,6 +136,19 @@ def _pack(
     bits = {part.kind: part.bits for part in written.linears}
     bits["all"] = written.linear_bits
     return PackResult(output, job.scheme, linears, method, bits)
+
+
+def _sequential(
+    job: Job,
+    options: PackOptions,
+    tokens: TokenBatch,
+    ranks: Ranks,
+    writer: CheckpointWriter | None = None,
+) -> int:
+    from quantkit.pack.sequential import Sequential
+    from quantkit.pack.shelf import Shelf
+
+    return Sequential(Shelf.shared(ranks, writer), job, options, tokens).run()
 
 
 def rounding_text(source: Checkpoint, options: PackOptions) -> TokenBatch:

@@ -6,11 +6,15 @@ the packed block makes the next one's inputs. Memory holds one block, the second
 sites and the hidden states (in a file past a limit); an interrupted run continues behind the last
 block whose states were kept. Learned rounding carries the exact model's states along as well, and
 writes a block when all of it is learned.
+
+Of several processes each carries its share of the samples; second moments are added up, the fused
+groups that they allow to round at the same time (a mixture's experts) are rounded one a process,
+and everyone's block computes with the tensors of all. The bytes do not depend on their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -18,29 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from quantkit import console
-from quantkit.calibrate.hidden import HiddenStates, kept_boundary
+from quantkit.calibrate.hidden import HiddenStates
 from quantkit.calibrate.layerwise import batch_ranges, choose_device
-from quantkit.checkpoint.step import OpenStep
 from quantkit.data.tokens import TokenBatch
 from quantkit.kernels import reference
 from quantkit.model.block import BlockRunner
 from quantkit.model.sites import Linear, Site
 from quantkit.pack.blockwise import Pairs, RoundedGroup, exact_copy, is_expert, learn_block
-from quantkit.pack.group import (
-    fused_groups,
-    is_done,
-    names_of,
-    tensors_of_group,
-    weights_of_group,
-)
+from quantkit.pack.group import fused_groups, names_of, tensors_of_group, weights_of_group
 from quantkit.pack.job import Job, PackOptions
 from quantkit.pack.learned import Learning
 from quantkit.pack.modules import PackedBlock, SharedInput
-from quantkit.pack.moments import add_outer
+from quantkit.pack.moments import SecondMoment
+from quantkit.pack.plain import Group
 from quantkit.pack.rounding import round_for_inputs
 from quantkit.pack.rtn import global_divisor
 from quantkit.pack.scheme import SiteFormat
 from quantkit.pack.separate import branch_tensors
+from quantkit.pack.shelf import Shelf
 
 STATES_IN_MEMORY = 2 * 10**9
 FEWEST = 64  # tokens that a second moment is made of
@@ -53,22 +52,24 @@ class Reached(Exception):
 
 @dataclass
 class Sequential:
-    """One run over the blocks: what it works on."""
+    """One run over the blocks: what it works on, and this process's share of the samples."""
 
-    step: OpenStep
+    shelf: Shelf
     job: Job
     options: PackOptions
     tokens: TokenBatch
 
     def __post_init__(self) -> None:
         job = self.job
-        self.device = choose_device(self.options.device)
+        self.ranks = self.shelf.ranks
+        self.device = choose_device(self.options.device, self.ranks)
         dtype = job.source.tensors[job.layout.embedding].dtype
         if dtype == torch.float16:
             dtype = torch.float32  # block scales leave its range
         self.runner = BlockRunner(job.weights, job.layout, device=self.device, dtype=dtype)
         ids = self.tokens.ids
         self.batches = batch_ranges(ids.shape[0], ids.shape[1], self.device)
+        self.mine = self.ranks.share(len(self.batches))
         self.states = self._states("")
         self.learned = self.options.rounding == "learned"
         beside = self.learned or self.options.asymmetric
@@ -78,35 +79,35 @@ class Sequential:
             seed=self.options.seed,
         )
         self._waiting: list[RoundedGroup] = []  # to be learned and then written, in order
-        self._unwritten: dict[str, Tensor] = {}
-        self._operands: dict[str, list[Tensor]] = {}  # of this block, by site key and batch
+        self._operands: dict[str, dict[int, Tensor]] = {}  # of this block, by site key and batch
         self._shared: dict[str, SharedInput] = {}
         width = max(
             (sum(s.width for s in job.layout.layer_sites(i) if s.expert is None))
             for i in range(job.layout.n_layers)
         )
-        size = self.tokens.ids.numel() * width * dtype.itemsize
+        samples = sum(last - first for first, last in (self.batches[b] for b in self.mine))
+        size = samples * ids.shape[1] * width * dtype.itemsize
         self._keeping = self.device.type == "cpu" and size <= OPERANDS_IN_MEMORY
 
     def _states(self, folder: str) -> HiddenStates:
-        path = self.step.writer.scratch / folder
+        path = self.shelf.scratch / folder
         path.mkdir(exist_ok=True)
         shape = self.tokens.ids.shape[1], self.job.layout.hidden
-        mine = range(len(self.batches))
-        return HiddenStates(path, self.batches, mine, shape, self.runner.dtype, STATES_IN_MEMORY)
+        dtype = self.runner.dtype
+        return HiddenStates(path, self.batches, self.mine, shape, dtype, STATES_IN_MEMORY)
 
     def run(self) -> int:
         """Pack every block; returns the number of linears."""
-        layout, count = self.job.layout, 0
-        start = kept_boundary(self.step.writer.scratch) or 0
+        layout, count, writer = self.job.layout, 0, self.shelf.writer
+        start = self.shelf.boundary()
         both = [self.states] if self.exact is None else [self.states, self.exact]
         if start:
             console.note(f"continuing behind block {start - 1}")
             for states in both:
                 states.load(start)
         else:
-            for b, (first, last) in enumerate(self.batches):
-                embedded = self.runner.embed(self.tokens.ids[first:last])
+            for b in self.mine:
+                embedded = self.runner.embed(self.tokens.ids[slice(*self.batches[b])])
                 for states in both:
                     states.put(0, b, embedded)
         try:
@@ -118,29 +119,28 @@ class Sequential:
             for states in both:
                 states.close()
         for site in layout.sites:
-            fmt = self.job.format(site)
-            if fmt is not None:
+            if self.job.format(site) is not None:
                 count += len(site.linears)
-                for linear in site.linears:
-                    self.step.writer.drop(linear.tensor)
+                if writer is not None:
+                    for linear in site.linears:
+                        writer.drop(linear.tensor)
         return count
 
     def _block(self, layer: int) -> str:
         block, said = PackedBlock(self.runner, layer), ""
         exact = None if self.exact is None else exact_copy(block.module)
         for stage in stages(self.job.layout.layer_sites(layer)):
-            wanted = [(site, fmt) for site in stage if (fmt := self.job.format(site)) is not None]
-            unpacked = [pair for pair in wanted if not self._all_done(*pair)]
+            formats = [(site, fmt) for site in stage if (fmt := self.job.format(site)) is not None]
+            groups = [(site, fmt, group) for site, fmt in formats for group in fused_groups(site)]
+            left = self.shelf.undone(groups)
+            unpacked = {groups[i][0].key: groups[i][:2] for i in left}
             beside = exact if self.options.asymmetric else None
-            moments, crossed = self._second_moments(block, beside, layer, unpacked)
-            for site, fmt in wanted:
-                for group in fused_groups(site):
-                    if not is_done(self.step.writer, fmt, group):
-                        cross = crossed.get(site.key)
-                        self._round_group(site, fmt, group, moments[site.key], cross)
-                    self._install(block, site, fmt, group)
+            found = self._second_moments(block, beside, layer, list(unpacked.values()))
+            for (site, fmt, group), tensors in self._packed(groups, left, *found):
+                self._install(block, site, fmt, group, tensors)
                 if site.kind == "attn_out" and site.key in self._operands:
                     block.replay_attention(site.linears[0])
+            del found  # the next stage makes its own
             block.settle()
         if self.exact is not None and exact is not None:
             self._forward(exact, self.exact, layer)
@@ -153,17 +153,13 @@ class Sequential:
         self._forget_operands()
         if layer + 1 == self.job.layout.n_layers:
             return said
-        if self.states.worth_keeping():
-            self.step.writer.flush()
-            if self.exact is not None:
-                self.exact.keep()
-            self.states.keep()
-            self.states.mark()
+        both = [self.states] if self.exact is None else [self.states, self.exact]
+        self.shelf.keep(*both)
         return said
 
     def _forward(self, module: nn.Module, states: HiddenStates, layer: int) -> None:
         """The states behind a block from those in front of it."""
-        for b in range(len(self.batches)):
+        for b in self.mine:
             with torch.no_grad():
                 x = states.get(layer, b).to(self.device)
                 self._replay(b if states is self.states else None)
@@ -184,19 +180,42 @@ class Sequential:
         """Learn what waits, write it, and let the block compute with it; words on the loss."""
         pairs = Pairs(self.states, exact, layer, self.device)
         groups, (before, after) = learn_block(self.job, block, self._waiting, pairs, self.learning)
-        self._unwritten.clear()
-        for group in groups:
-            self._encode(group)
-        self.step.writer.write_group(self._unwritten)
         self._waiting.clear()
-        self._unwritten.clear()
-        for group in groups:
+        encoded = [self._encoded(group) for group in groups]
+        self.shelf.write({name: t for tensors in encoded for name, t in tensors.items()})
+        for group, tensors in zip(groups, encoded, strict=True):
             if not is_expert(group.linears[0]):
-                self._install(block, group.site, group.format, group.linears)
+                self._install(block, group.site, group.format, group.linears, tensors)
         return f", error {before:.3g} -> {after:.3g}"
 
-    def _all_done(self, site: Site, fmt: SiteFormat) -> bool:
-        return all(is_done(self.step.writer, fmt, group) for group in fused_groups(site))
+    def _packed(
+        self,
+        groups: Sequence[Group],
+        left: Sequence[int],
+        moments: Mapping[str, Tensor],
+        crossed: Mapping[str, Tensor],
+    ) -> Iterator[tuple[Group, dict[str, Tensor]]]:
+        """Each group with its tensors, in every process: what was done, then what is `left`.
+
+        That is rounded in turns of one group a process, and written.
+        """
+        for i in sorted({*range(len(groups))} - {*left}):
+            yield groups[i], self.shelf.read(*groups[i][1:])
+        for at in range(0, len(left), self.ranks.size):
+            turn = left[at : at + self.ranks.size]
+            made = None
+            if self.ranks.rank < len(turn):
+                site, fmt, group = groups[turn[self.ranks.rank]]
+                cross = crossed.get(site.key)
+                rounded = self._round_group(site, fmt, group, moments[site.key], cross)
+                made = self._encoded(rounded)
+                if self.learned:
+                    self._waiting.append(rounded)
+            for owner, i in enumerate(turn):
+                tensors = self.shelf.handed(made if owner == self.ranks.rank else None, owner)
+                if not self.learned:
+                    self.shelf.write(tensors)
+                yield groups[i], tensors
 
     def _second_moments(
         self,
@@ -218,13 +237,16 @@ class Sequential:
             if key in self.job.channels
         }
         moments = {
-            site.key: torch.zeros(
-                (site.width + (fmt.appended or len(channels.get(site.key, ()))),) * 2,
-                device=self.device,
+            site.key: SecondMoment(
+                site.width + (fmt.appended or len(channels.get(site.key, ()))), self.device
             )
             for site, fmt in sites
         }
-        crossed = {site.key: torch.zeros_like(moments[site.key]) for site, _ in dense if exact}
+        crossed = {
+            site.key: SecondMoment(len(moments[site.key].total), self.device)
+            for site, _ in dense
+            if exact
+        }
         counts = dict.fromkeys(moments, 0)
         latest: dict[str, Tensor] = {}
 
@@ -233,14 +255,14 @@ class Sequential:
                 fmt, taken = formats[site.key], channels.get(site.key)
                 operand = self._operand(site, fmt, x, taken)
                 if self._keeping and site.expert is None:
-                    self._operands.setdefault(site.key, []).append(operand)
+                    self._operands.setdefault(site.key, {})[b] = operand
                 latest[site.key] = branch_last(operand, fmt, taken)
-                add_outer(moments[site.key], latest[site.key])
+                moments[site.key].add(latest[site.key])
                 counts[site.key] += len(x)
             if dense and site.key == dense[-1][0].key:
                 raise Reached
 
-        for b in range(len(self.batches) if sites else 0):
+        for b in self.mine if sites else ():
             self._replay(b)
             with suppress(Reached):
                 states = self.states.get(layer, b).to(self.device)
@@ -253,16 +275,21 @@ class Sequential:
                 fmt = replace(fmt, activations="none", branch=branch)
                 whole = self._operand(site, fmt, x, channels.get(site.key))
                 whole = branch_last(whole, fmt, channels.get(site.key))
-                add_outer(crossed[site.key], latest[site.key], whole)
+                crossed[site.key].add(latest[site.key], whole)
         self._replay(None)
-        for key, count in counts.items():
+        parts = self.ranks.all_gather(counts) if sites else []
+        means: dict[str, Tensor] = {}
+        crosses: dict[str, Tensor] = {}
+        for key in counts:
+            count = sum(part[key] for part in parts)
+            moment, cross = moments.pop(key), crossed.pop(key, None)
             if count >= FEWEST:
-                moments[key] /= count
+                means[key] = moment.mean(count, self.ranks)
             else:  # an expert that saw too few tokens: all its columns count alike
-                moments[key] = torch.eye(len(moments[key]), device=self.device)
-            if key in crossed:
-                crossed[key] = crossed[key] / count if count >= FEWEST else moments[key]
-        return moments, crossed
+                means[key] = torch.eye(len(moment.total), device=self.device)
+            if cross is not None:
+                crosses[key] = cross.mean(count, self.ranks) if count >= FEWEST else means[key]
+        return means, crosses
 
     def _site_input(self, module: nn.Module, site: Site, states: Tensor) -> Tensor:
         """The input of a site when a block meets hidden states: [tokens, width]."""
@@ -290,7 +317,7 @@ class Sequential:
         group: Sequence[Linear],
         moments: Tensor,
         cross: Tensor | None,
-    ) -> None:
+    ) -> RoundedGroup:
         weights = weights_of_group(self.job, site, fmt, group)
         rests = [rest.to(self.device) for rest, _ in weights]
         columns = [part.float() for _, part in weights if part is not None]
@@ -304,16 +331,10 @@ class Sequential:
             self.options.four_over_six,
             cross,
         )
-        whole = RoundedGroup(site, fmt, group, rounded.split([len(rest) for rest in rests]))
-        self._encode(whole)
-        if self.learned:
-            self._waiting.append(whole)
-        else:
-            self.step.writer.write_group(self._unwritten)
-            self._unwritten.clear()
+        return RoundedGroup(site, fmt, group, rounded.split([len(rest) for rest in rests]))
 
-    def _encode(self, group: RoundedGroup) -> None:
-        """Add the group's bytes to those that are not written yet."""
+    def _encoded(self, group: RoundedGroup) -> dict[str, Tensor]:
+        """The group's bytes by their names in the checkpoint."""
         parts = []
         for one in group.rounded:
             branch = {}
@@ -321,24 +342,23 @@ class Sequential:
                 channels = self.job.channels[group.site.key]
                 branch = branch_tensors(one.branch.cpu(), channels, group.format)
             parts.append(one.encode() | branch)
-        self._unwritten |= tensors_of_group(
-            self.job, group.site, group.format, group.linears, parts
-        )
+        return tensors_of_group(self.job, group.site, group.format, group.linears, parts)
 
     def _install(
-        self, block: PackedBlock, site: Site, fmt: SiteFormat, group: Sequence[Linear]
+        self,
+        block: PackedBlock,
+        site: Site,
+        fmt: SiteFormat,
+        group: Sequence[Linear],
+        tensors: Mapping[str, Tensor],
     ) -> None:
         """Let the block compute with the bytes that were (or will be) written."""
         shared = SharedInput(fmt, self.job.scheme.scale_rule)
         if not is_expert(group[0]):
             self._shared[site.key] = shared
         for linear in group:
-            found = {n: self._read(n).to(self.device) for n in names_of(fmt, linear)}
-            tensors = {name.rpartition(".")[2]: tensor for name, tensor in found.items()}
-            block.install(linear, tensors, shared)
-
-    def _read(self, name: str) -> Tensor:
-        return self._unwritten[name] if name in self._unwritten else self.step.writer.read(name)
+            mine = {n.rpartition(".")[2]: tensors[n].to(self.device) for n in names_of(fmt, linear)}
+            block.install(linear, mine, shared)
 
 
 def stages(sites: Sequence[Site]) -> Iterator[list[Site]]:
