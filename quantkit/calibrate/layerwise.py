@@ -218,7 +218,8 @@ class Run:
         if self.ranks.first:
             write_durably(_layer_file(folder, i), save(state))
         last = i + 1 == self.layout.n_layers
-        if last or self.ranks.broadcast(states.worth_keeping()):
+        # If to one process, then to all: the files of one that spills are half overwritten soon.
+        if last or any(self.ranks.all_gather(states.worth_keeping())):
             if not last:  # nobody reads the last block's output
                 states.keep()
             self.ranks.barrier()

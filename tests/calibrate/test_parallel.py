@@ -7,16 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.calibrate import layerwise
+from quantkit.calibrate.hidden import HiddenStates
 from quantkit.calibrate.layerwise import Options, calibrate
 from quantkit.calibrate.parallel import Ranks
 from quantkit.calibrate.store import FILE
 from quantkit.checkpoint.step import Target
+from quantkit.errors import QuantkitError
+from quantkit.model.block import BlockRunner
 from tests.ranks import free_port, run_ranks
 from tests.tiny import VOCAB, save_tiny
 
@@ -103,6 +109,40 @@ def test_a_dead_process_ends_the_run(model: Path) -> None:
     _, said = alone.communicate()
     assert alone.returncode == 0, said
     assert "continuing behind block" in said
+
+
+def test_a_run_of_which_one_process_spills_continues(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file goes on to later blocks at every block; the others must keep theirs as often."""
+    save_tiny(model, "llama", torch.bfloat16, max_position_embeddings=SEQ, num_hidden_layers=6)
+    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", 4 * SEQ)  # three batches: one and two
+    between = 5 * SEQ * 64 * 2  # bytes of hidden states: more than the first one's four samples
+    options = Options("tokens.safetensors:ids", SAMPLES, device="cpu", activation_memory=between)
+    real, keep = BlockRunner.load, HiddenStates.keep
+
+    def dear(self: HiddenStates) -> None:
+        keep(self)
+        self._cost = 1e9  # never again worth the time, unless they spill
+
+    def dying(self: BlockRunner, i: int, *more: Any) -> Any:
+        if i == 4 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, i, *more)
+
+    def run() -> None:
+        with suppress(QuantkitError):
+            calibrate("model", options, Target(Path("out")))
+
+    monkeypatch.setattr(HiddenStates, "keep", dear)
+    monkeypatch.setattr(BlockRunner, "load", dying)
+    assert run_ranks(2, run) == [0, -signal.SIGKILL]
+    monkeypatch.setattr(BlockRunner, "load", real)
+    assert run_ranks(2, run) == [0, 0]
+    calibrate("model", options, Target(Path("whole")))
+    out, whole = load_file(Path("out", FILE)), load_file(Path("whole", FILE))
+    for name in (n for n in whole if n.endswith(("/count", "/absmax"))):
+        assert torch.equal(out[name], whole[name]), name
 
 
 def test_first_process_refuses_for_all(model: Path) -> None:
