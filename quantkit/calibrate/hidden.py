@@ -74,6 +74,10 @@ class HiddenStates:
         """Give a batch of the states in front of block `boundary`."""
         return self._held[batch] if batch in self._held else self._read(boundary, batch)
 
+    def reach(self, boundary: int) -> None:
+        """Say that all of `mine` are in front of block `boundary`, also when that is no batch."""
+        self._boundary = boundary
+
     def worth_keeping(self) -> bool:
         """Whether making the states durable now costs less than a tenth of the time it saves.
 

@@ -217,6 +217,7 @@ class Run:
         state = self.measured(i, found)
         if self.ranks.first:
             write_durably(_layer_file(folder, i), save(state))
+        states.reach(i + 1)
         last = i + 1 == self.layout.n_layers
         # If to one process, then to all: the files of one that spills are half overwritten soon.
         if last or any(self.ranks.all_gather(states.worth_keeping())):

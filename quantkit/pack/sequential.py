@@ -164,6 +164,7 @@ class Sequential:
                 x = states.get(layer, b).to(self.device)
                 self._replay(b if states is self.states else None)
                 states.put(layer + 1, b, self.runner.forward(module, x))
+        states.reach(layer + 1)
 
     def _replay(self, batch: int | None) -> None:
         """Let packed linears take the operands of this batch that were kept."""

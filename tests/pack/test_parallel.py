@@ -93,11 +93,12 @@ def test_rounding_on_text_over_two_or_three_processes_equals_one(
     assert all(other == one for other in more)
 
 
-@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("batch", [128, 2048], ids=["four batches", "one batch"])
 def test_a_process_that_dies_in_the_second_block_loses_only_that(
-    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     """The same command continues, and so does one process alone: with the whole run's bytes."""
+    monkeypatch.setitem(layerwise.BATCH_TOKENS, "cpu", batch)  # one: the first process has none
     target, real = Target(tmp_path / "out"), BlockRunner.load
 
     def dying(self: BlockRunner, i: int, *more: Any) -> Any:
