@@ -10,7 +10,7 @@ from quantkit import console
 from quantkit.commands import common
 
 EXAMPLES = (
-    ("quantkit smooth model-calibrated --data sample", "search a scale for every site"),
+    ("quantkit smooth model-calibrated --data sample", "learn the scales of every site"),
     (
         "quantkit smooth model-calibrated --method max",
         "SmoothQuant's rule",
@@ -21,8 +21,8 @@ EXAMPLES = (
 def run(
     checkpoint: common.Checkpoint = None,
     method: Annotated[
-        str, typer.Option(help="max (SmoothQuant), quantile, search (per site), or learned.")
-    ] = "search",
+        str, typer.Option(help="learned, search (per site), quantile, or max (SmoothQuant).")
+    ] = "learned",
     alpha: Annotated[
         float, typer.Option(help="Of max and quantile: share of the range that is moved.")
     ] = 0.5,

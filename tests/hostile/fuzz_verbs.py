@@ -39,10 +39,13 @@ VERBS: dict[str, list[list[str]]] = {
         ["pack", "--scheme", "osc"],
         ["pack", "--scheme", "nvfp4"],
         ["separate-outliers"],
-        ["smooth"],
+        ["smooth", "--method", "search"],
     ],
     "model-separated": [["pack", "--scheme", "osc"], ["pack", "--dry-run"], ["inspect"]],
-    "model-rotated": [["pack", "--scheme", "mxfp4", "--mlp-out", "mxfp4"], ["smooth"]],
+    "model-rotated": [
+        ["pack", "--scheme", "mxfp4", "--mlp-out", "mxfp4"],
+        ["smooth", "--method", "search"],
+    ],
     "model-osc": [["inspect"], ["eval", "--data", "T", "--limit", "1", "--seq-len", "16"]],
     "model-mxfp4": [["eval", "--data", "T", "--limit", "1", "--seq-len", "16"]],
 }

@@ -28,7 +28,7 @@ KILLS = int(os.environ.get("QUANTKIT_KILLS", "2"))  # of each step
 
 STEPS: dict[str, list[str]] = {
     "calibrated": ["calibrate", "model", "--data", "tokens.safetensors:ids"],
-    "smoothed": ["smooth", "model-calibrated"],
+    "smoothed": ["smooth", "model-calibrated", "--method", "search"],
     "learned": ["smooth", "model-calibrated", "--method", "learned", "--steps", "3"],
     "rotated": ["rotate", "model-calibrated", "--kind", "random-hadamard"],
     "separated": ["separate-outliers", "model-calibrated"],
