@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from quantkit.checkpoint.reader import Checkpoint
 from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.model.sites import Linear, Site
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 PIECE = 1 << 22  # elements edited at once in float64, where the edits allow pieces
 
 
@@ -155,3 +158,13 @@ def write_edited(
         elif not writer.done(name):
             writer.write(name, edited(source.read(name), planned, dtype))
     return len(edits)
+
+
+def return_freed_memory() -> None:
+    """Let glibc give freed tensors back to the system at once, from here on.
+
+    By itself it raises the size from which it does so, up to 32 MB, with every larger block that
+    is freed. Pieces of tensors then leave holes in its heap, the more the more layers there are.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)

@@ -117,6 +117,7 @@ def rotate_checkpoint(
     Raises InputRejected for a packed checkpoint or a model whose residual cannot be rotated
     (norms behind o and down), UsageError for options that make no sense.
     """
+    fold.return_freed_memory()
     source = open_source(checkpoint)
     if "quantization_config" in source.config:
         raise InputRejected(

@@ -154,6 +154,7 @@ def smooth(
     and alone gets a result. Raises InputRejected for packed checkpoints, stale statistics and bad
     data, UsageError for options that make no sense.
     """
+    fold.return_freed_memory()
     with joined() as ranks:
         setting = opened(checkpoint, options, target, ranks)
         if ranks.first:
