@@ -73,9 +73,9 @@ def pack(checkpoint: str | Path | None, options: PackOptions, target: Target) ->
 
     Under a launcher of several processes each rounds its share of the groups; on text each also
     carries its share of the samples (learned rounding is one process's work). The first one writes
-    and alone gets a result. Raises InputRejected for a
-    packed or damaged input, NaN weights, a stale plan or stale statistics, and widths that do not
-    fit; UsageError for options that do not go together.
+    and alone gets a result. Raises InputRejected for a packed or damaged input, NaN weights, a
+    stale plan or stale statistics, and widths that do not fit; UsageError for options that do not
+    go together.
     """
     with joined() as ranks:
         return _pack(checkpoint, resolved(options), target, ranks)
