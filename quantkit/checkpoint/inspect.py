@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from quantkit import console
-from quantkit.checkpoint.measure import site_formats, sizes
+from quantkit.checkpoint.measure import Linears, outside_formats, site_formats, sizes
 from quantkit.checkpoint.reader import Checkpoint
 
 _SHAPE_KEYS = {
@@ -25,7 +25,7 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
     """Architecture, sizes, format per site, true bits per weight and the steps so far, as data."""
     config, counted = checkpoint.config, sizes(checkpoint)
     architectures = config.get("architectures")
-    formats = site_formats(config, counted.linears)
+    formats = site_formats(config, counted.linears) | outside_formats(checkpoint, counted)
     dtypes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         key = str(info.dtype).removeprefix("torch.")
@@ -47,22 +47,24 @@ def inspect(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes_by_dtype": dtypes,
         "bits_per_weight": round(counted.linear_bits, 4),
         "bits_per_parameter": round(counted.model_bits, 4),
-        "sites": [
-            {
-                "site": part.kind,
-                "linears": part.count,
-                "format": formats[part.kind],
-                "weights": part.weights,
-                "bytes": part.nbytes,
-                "bits_per_weight": round(part.bits, 4),
-            }
-            for part in counted.linears
-        ],
+        "sites": [_row(part, formats) for part in counted.linears],
+        "outside_blocks": [_row(part, formats) for part in counted.outside],
         "steps": [asdict(step) for step in checkpoint.manifest.steps]
         if checkpoint.manifest
         else [],
         "weights_digest": checkpoint.manifest.weights_digest if checkpoint.manifest else None,
         "needs_remote_code": "auto_map" in config,
+    }
+
+
+def _row(part: Linears, formats: dict[str, str]) -> dict[str, Any]:
+    return {
+        "site": part.kind,
+        "linears": part.count,
+        "format": formats.get(part.kind, "unknown"),
+        "weights": part.weights,
+        "bytes": part.nbytes,
+        "bits_per_weight": round(part.bits, 4),
     }
 
 
@@ -90,7 +92,7 @@ def as_text(data: dict[str, Any]) -> str:
                 _size(s["bytes"]),
                 f"{s['bits_per_weight']:.3f}",
             )
-            for s in data["sites"]
+            for s in (*data["sites"], *data["outside_blocks"])
         ]
         headers = ("site", "linears", "format", "size", "bits/weight")
         lines += ["", console.table(headers, rows)]

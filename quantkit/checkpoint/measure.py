@@ -1,7 +1,7 @@
 """True bits per weight, counted from the tensors on disk, and the format each site has.
 
-A decoder linear costs everything stored under its name: codes, scales, branch, indices. Biases,
-norms, routers, embeddings and the head count only in the figure for the whole model.
+A decoder linear costs everything stored under its name: codes, scales, branch, indices. Embedding
+and head are counted apart; biases, norms and routers only in the figure for the whole model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ KINDS = {
     "mlp_in": ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
     "mlp_out": ("down_proj", "w2"),
 }
+OUTSIDE = {"embed_tokens": "embedding", "lm_head": "head"}
 _KIND_OF = {leaf: kind for kind, leaves in KINDS.items() for leaf in leaves}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
 # Tensors of a linear beside its weight; fused experts carry them as suffixes of the name.
@@ -34,7 +35,7 @@ _BIAS = re.compile(r"[._]bias$")
 
 @dataclass(frozen=True)
 class Linears:
-    """The decoder linears of one site kind: how many, their weights, their bytes on disk."""
+    """The linears of one site kind (or outside): how many, their weights, their bytes on disk."""
 
     kind: str
     count: int
@@ -54,6 +55,7 @@ class Sizes:
     linears: tuple[Linears, ...]  # by site kind
     parameters: int  # of the whole model
     nbytes: int  # of all its tensors
+    outside: tuple[Linears, ...] = ()  # embedding, and a head of its own
 
     @property
     def linear_bits(self) -> float:
@@ -73,7 +75,7 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
     for name, info in checkpoint.tensors.items():
         base, part = _split(name)
         modules.setdefault(base, {})[part] = info
-    found: dict[str, list[int]] = {kind: [0, 0, 0] for kind in KINDS}
+    found: dict[str, list[int]] = {kind: [0, 0, 0] for kind in (*KINDS, *OUTSIDE.values())}
     parameters = total = 0
     for base, parts in modules.items():
         weights = _weights(checkpoint, parts)
@@ -81,14 +83,17 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
         nbytes = sum(info.nbytes for info in parts.values())
         total += nbytes
         parameters += weights + (bias.nbytes // bias.dtype.itemsize if bias else 0)
-        kind = _KIND_OF.get(base.rsplit(".", 1)[-1])
-        if kind is not None and weights and _LAYER.search(base):
+        leaf = base.rsplit(".", 1)[-1]
+        kind = _KIND_OF.get(leaf) if _LAYER.search(base) else OUTSIDE.get(leaf)
+        if kind is not None and weights:
             row = found[kind]
             row[0] += 1
             row[1] += weights
             row[2] += nbytes - (bias.nbytes if bias else 0)
-    linears = tuple(Linears(kind, *row) for kind, row in found.items() if row[0])
-    return Sizes(linears, parameters, total)
+    parts_found = [Linears(kind, *row) for kind, row in found.items() if row[0]]
+    linears = tuple(part for part in parts_found if part.kind in KINDS)
+    outside = tuple(part for part in parts_found if part.kind not in KINDS)
+    return Sizes(linears, parameters, total, outside)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -148,6 +153,24 @@ def site_formats(config: Mapping[str, Any], linears: tuple[Linears, ...]) -> dic
             if others:
                 words[part.kind] += f"; {len(own)} sites {', '.join(others)}"
     return words
+
+
+def outside_formats(checkpoint: Checkpoint, counted: Sizes) -> dict[str, str]:
+    """The formats of embedding and head in words: of codes as their scales' method names them."""
+    section = checkpoint.config.get("quantization_config")
+    words = {}
+    for name, info in checkpoint.tensors.items():
+        base, part = _split(name)
+        kind = OUTSIDE.get(base.rsplit(".", 1)[-1])
+        if kind is None or _LAYER.search(base) or part not in ("weight", "weight_packed"):
+            continue
+        words[kind] = str(info.dtype).removeprefix("torch.")
+        if isinstance(section, dict) and f"{base}.weight_scale" in checkpoint.tensors:
+            site = section.get(kind)
+            name = str(site.get("weights"))[:80] if isinstance(site, dict) else "not quantized"
+            ours = section.get("quant_method") == "quantkit"
+            words[kind] = name if ours else _foreign(section)
+    return {part.kind: words[part.kind] for part in counted.outside if part.kind in words}
 
 
 def _site(site: object) -> str:

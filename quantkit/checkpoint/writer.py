@@ -16,9 +16,10 @@ ends with the same bytes as if it had never stopped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,8 @@ from quantkit.checkpoint.streams import Incoming, Streams
 from quantkit.errors import InputRejected, UsageError
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
+
+Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors that come in parts
 
 
 class CheckpointWriter:
@@ -199,6 +202,29 @@ class CheckpointWriter:
         data = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if not self.done(n)}
         if data:
             self._streams.append([_incoming(name, tensor) for name, tensor in data.items()])
+
+    def write_rows(self, parts: Iterable[Mapping[str, torch.Tensor]], names: Parts) -> None:
+        """Write tensors that belong together from parts, a few rows of each at a time.
+
+        `names`: dtype and shape of every one. The first is never whole in memory; the others, which
+        should be small beside it, wait until it is written.
+        """
+        first, *others = names
+        waiting: dict[str, list[torch.Tensor]] = {name: [] for name in others}
+
+        def bytes_of_first() -> Iterator[memoryview]:
+            for part in parts:
+                for name in others:
+                    waiting[name].append(part[name].detach().cpu().contiguous())
+                rows = part[first].detach().cpu().contiguous()
+                yield tensor_bytes(rows)
+
+        incoming = []
+        for name, (dtype, shape) in names.items():
+            size = math.prod(shape) * dtype.itemsize
+            pieces = map(tensor_bytes, waiting[name]) if name != first else bytes_of_first()
+            incoming.append(Incoming(name, dtype, shape, size, pieces, size % 8 != 0))
+        self._streams.append(incoming)
 
     def read(self, name: str) -> torch.Tensor:
         """Read back a tensor that is done."""

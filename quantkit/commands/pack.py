@@ -26,6 +26,7 @@ EXAMPLES = (
     ("quantkit pack model-calibrated --scheme nvfp4", "plain NVFP4, for other loaders too"),
     ("quantkit pack model-calibrated --mlp-out mxfp4", "down_proj in 4 bits too"),
     ("quantkit pack model-calibrated --scheme mxfp4 --site attn_in=bf16", "spare one kind of site"),
+    ("quantkit pack model-calibrated --head mxfp8 --embedding mxfp8", "nothing large in 16 bits"),
     ("quantkit pack model-calibrated --plan plan.json", "formats site by site, as planned"),
     ("quantkit pack model-calibrated --dry-run", "what would be packed, and into how many bits"),
 )
@@ -110,6 +111,17 @@ def run(
         bool,
         typer.Option("--four-over-six", help="NVFP4: map block maxima to 6 or to 4."),
     ] = False,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Pack the output head too, as mxfp8 or mxfp4. Default: as it is."),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="Store the embedding as mxfp8 or mxfp4; rows are decoded when looked up. A tied "
+            "model takes --head and --embedding together. Default: as it is."
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Text that gptq and learned round on. Default: that of the calibration."),
@@ -165,6 +177,8 @@ def run(
         seed=seed,
         device=device,
         plan=None if plan is None else str(plan),
+        head=head,
+        embedding=embedding,
     )
     target = target_of(output, overwrite, restart, max_shard_size)
     if dry_run:

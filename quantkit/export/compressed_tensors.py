@@ -14,7 +14,7 @@ from typing import Any
 from quantkit.errors import InputRejected
 from quantkit.export import transforms
 from quantkit.model.sites import ModelLayout
-from quantkit.pack.scheme import RULES, Scheme, SiteFormat, from_sites
+from quantkit.pack.scheme import RULES, Scheme, SiteFormat, check_end, from_sites
 
 METHOD = "compressed-tensors"
 FORMATS = {
@@ -35,10 +35,16 @@ _ARGUMENTS = {
 _RULE = "scale_rule"  # among observer_kwargs, which readers of the files do not use
 
 
-def can_describe(scheme: Scheme) -> bool:
-    """Whether every packed site is one that compressed-tensors has a format for."""
+def can_describe(scheme: Scheme, tied: bool = False) -> bool:
+    """Whether every packed site, embedding and head is one that compressed-tensors has words for.
+
+    It has none for a packed matrix that is both of them (`tied`).
+    """
     used = [fmt for fmt in (*scheme.sites.values(), *scheme.overrides.values()) if fmt]
-    return bool(used) and all(fmt.plain and has_words_for(fmt) for fmt in used)
+    ends = [fmt for fmt in (scheme.head, scheme.embedding) if fmt]
+    if not used or (ends and tied):
+        return False
+    return all(fmt.plain and has_words_for(fmt) for fmt in (*used, *ends))
 
 
 def has_words_for(fmt: SiteFormat) -> bool:
@@ -68,12 +74,15 @@ def write_config(scheme: Scheme, layout: ModelLayout) -> dict[str, Any]:
             ignored += names
         else:
             modules.setdefault((fmt.weights, fmt.activations), []).extend(names)
+    for linear, fmt in scheme.ends(layout):
+        modules.setdefault((fmt.weights, fmt.activations), []).append(linear.module)
     groups = {}
     for number, ((weights, activations), names) in enumerate(modules.items()):
         others = [
             name for key, rest in modules.items() if key != (weights, activations) for name in rest
         ]
-        targets = ["Linear"] if len(modules) == 1 else _patterns(names, others)
+        alone = len(modules) == 1 and scheme.embedding is None
+        targets = ["Linear"] if alone else _patterns(names, others)
         groups[f"group_{number}"] = {
             "format": FORMATS[weights],
             "targets": targets,
@@ -99,8 +108,8 @@ def _patterns(names: list[str], others: list[str]) -> list[str]:
     """Targets that match `names` and none of `others`: by leaf where leaves tell them apart."""
     taken = {name.rpartition(".")[2] for name in others}
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
-    exact = [name for name in names if name.rpartition(".")[2] in taken]
-    free = [leaf for leaf in leaves if leaf not in taken]
+    exact = [name for name in names if name.rpartition(".")[2] in taken or "." not in name]
+    free = [leaf for leaf in leaves if leaf not in (*taken, *exact)]
     return [*(rf"re:.*\.{re.escape(leaf)}$" for leaf in free), *exact]
 
 
@@ -168,10 +177,31 @@ def read_config(data: Mapping[str, Any], layout: ModelLayout) -> Scheme:
             found[site.key] = replace(formats[number][1], hadamard=hadamards[site.key])
         if number is not None:
             rules.add(formats[number][2])
+    head, table = _read_ends(layout, formats, ignore)
     rule = rules.pop() if len(rules) == 1 else "even"
-    if rule == "even" and any(fmt and fmt.activations == "mxfp8" for fmt in found.values()):
+    used = (*found.values(), head)
+    if rule == "even" and any(fmt and fmt.activations == "mxfp8" for fmt in used):
         rule = "even4"  # how the library quantizes inputs; without MXFP8 the two are one
-    return from_sites(METHOD, layout, found, rule)
+    return from_sites(METHOD, layout, found, rule).with_ends(head, table)
+
+
+def _read_ends(
+    layout: ModelLayout, formats: list[tuple[list[str], SiteFormat, str]], ignore: list[Any]
+) -> tuple[SiteFormat | None, SiteFormat | None]:
+    """The formats of the head (where it is a matrix of its own) and of the embedding."""
+    number = None if layout.head is None else _match(layout.head.module, formats, ignore)
+    head = None if number is None else formats[number][1]
+    name = layout.table.module
+    tables = [
+        ([name if t == "Embedding" else t for t in targets if t != "Linear"], fmt, rule)
+        for targets, fmt, rule in formats
+    ]
+    number = _match(name, tables, ignore)
+    table = None if number is None else formats[number][1]
+    for fmt, where in ((head, "head"), (table, "embedding")):
+        if fmt is not None:
+            check_end(fmt, where)
+    return head, table
 
 
 def _targets(group: Any) -> list[str]:

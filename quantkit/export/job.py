@@ -10,7 +10,7 @@ from quantkit.errors import InputRejected, UsageError
 from quantkit.export import compressed_tensors, modelopt
 from quantkit.export.fold import plain_format
 from quantkit.model.families import describe
-from quantkit.model.sites import ModelLayout, Site
+from quantkit.model.sites import Linear, ModelLayout, Site
 from quantkit.pack.layout import tensors_of
 from quantkit.pack.scheme import Scheme, SiteFormat, from_sites
 
@@ -65,8 +65,12 @@ def prepare(source: Checkpoint, to: str, fold_outliers: bool) -> Job:
         if formats[site.key] != fmt:
             folded.append(site)
         if fmt is not None:
-            _check(source, site, fmt, to)
+            _check(source, site.linears, fmt, to)
+    for linear, fmt in before.ends(layout):
+        _check_end(layout, linear, fmt, to)
+        _check(source, (linear,), fmt, to)
     scheme = from_sites(before.name, layout, formats, before.scale_rule)
+    scheme = scheme.with_ends(before.head, before.embedding)
     notes = []
     if any(fmt is not None and fmt.hadamard for fmt in formats.values()):
         notes.append(
@@ -115,9 +119,24 @@ def _after(site: Site, fmt: SiteFormat, to: str, fold: bool) -> SiteFormat:
     return kept if keep else plain_format(fmt, keep_hadamard=False)
 
 
-def _check(source: Checkpoint, site: Site, fmt: SiteFormat, to: str) -> None:
+def _check_end(layout: ModelLayout, linear: Linear, fmt: SiteFormat, to: str) -> None:
+    """UsageError when the target has no word for a packed matrix outside the blocks."""
+    if to == modelopt.METHOD:
+        raise UsageError(
+            f"{linear.module} is packed as {fmt.weights}: modelopt is written for NVFP4 linears of "
+            "the blocks only",
+            "pack the unpacked checkpoint again without --head and --embedding",
+        )
+    if layout.tied:
+        raise UsageError(
+            "one packed matrix is the embedding and the head, which compressed-tensors cannot say",
+            "pack the unpacked checkpoint again without --head and --embedding",
+        )
+
+
+def _check(source: Checkpoint, linears: tuple[Linear, ...], fmt: SiteFormat, to: str) -> None:
     """InputRejected when a linear's tensors are not those of its format."""
-    for linear in site.linears:
+    for linear in linears:
         for name, (dtype, shape) in tensors_of(fmt, *linear.shape).items():
             info = source.info(f"{linear.module}.{name}")
             if info.dtype != dtype or tuple(info.shape) != shape:

@@ -148,8 +148,8 @@ class _Describer:
         lm_head = HEAD if {HEAD, "lm_head.weight_packed"} & set(self.tensors) else None
         if lm_head is None and self.config.get("tie_word_embeddings") is False:
             raise InputRejected(f"{HEAD} is missing, and config.json says it is not tied")
-        if lm_head is not None and self._shape("lm_head", 2) != (vocab, hidden):
-            raise InputRejected(f"{HEAD} is {self.tensors[HEAD].shape}, not {(vocab, hidden)}")
+        if lm_head is not None and (shape := self._shape("lm_head", 2)) != (vocab, hidden):
+            raise InputRejected(f"{HEAD} is {shape}, not {(vocab, hidden)}")
         self.renames: dict[str, str] = {}
         sites = tuple(s for i in range(n_layers) for s in self._layer(i, hidden))
         attn_out = sites[1]

@@ -98,6 +98,18 @@ class ModelLayout:
         """Whether the output head is the embedding."""
         return self.lm_head is None
 
+    @property
+    def table(self) -> Linear:
+        """The embedding, as the matrix [vocabulary, hidden] that it is."""
+        return Linear(module_of(self.embedding), self.embedding, (self.vocab, self.hidden))
+
+    @property
+    def head(self) -> Linear | None:
+        """The output head where it is a matrix of its own."""
+        if self.lm_head is None:
+            return None
+        return Linear(module_of(self.lm_head), self.lm_head, (self.vocab, self.hidden))
+
     @cached_property
     def by_key(self) -> dict[str, Site]:
         """Sites by their key."""
@@ -126,6 +138,11 @@ class ModelLayout:
     def linears(self) -> tuple[Linear, ...]:
         """Give every quantizable linear, each once."""
         return tuple(linear for site in self.sites for linear in site.linears)
+
+
+def module_of(tensor: str) -> str:
+    """The module a weight belongs to."""
+    return tensor.removesuffix(".weight")
 
 
 def read_weight(checkpoint: Checkpoint, linear: Linear) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from quantkit.calibrate.layerwise import choose_device
 from quantkit.checkpoint.pace import digest_seconds, hash_rate, running, write_rate
 from quantkit.checkpoint.step import peak_memory
+from quantkit.pack.ends import rounded_rows, starts
 from quantkit.pack.group import fused_groups
 from quantkit.pack.job import Job, PackOptions
 from quantkit.pack.plain import Group, packed_group
@@ -40,6 +41,13 @@ def forecast(
                 part.cpu()
             spent = time.monotonic() - started
         seconds += spent * sum(map(_weights, groups)) / _weights(groups[0])
+    for linear, end in job.scheme.ends(job.layout):
+        for _ in range(TRIALS):
+            started = time.monotonic()
+            for part in rounded_rows(job, linear, end, 0, device).values():
+                part.cpu()
+            spent = time.monotonic() - started
+        seconds += spent * linear.shape[0] / min(starts(linear).step, linear.shape[0])
     written = packed + _copied(job, rest)
     seconds += written * (1 / hash_rate() + 1 / write_rate(output))
     found = {"peak_memory_bytes": peak_memory(), "seconds": round(seconds, 1)}
@@ -67,6 +75,7 @@ def _copied(job: Job, rest: int) -> int:
     """Bytes left alone that share a shard with what is packed: they are written again."""
     tensors = job.source.tensors
     packed = {linear.tensor for linear in job.layout.linears()}
+    packed |= {linear.tensor for linear, _ in job.scheme.ends(job.layout)}
     shards = {tensors[name].shard for name in packed}
     alone = [t for t in tensors.values() if t.name not in packed and t.shard not in shards]
     return rest - sum(info.nbytes for info in alone)

@@ -31,6 +31,8 @@ from quantkit.pack.rtn import power_of_two_below
 from quantkit.pack.scheme import Scheme, SiteFormat, from_sites
 from quantkit.pack.site_plan import load_site_plan
 
+Ends = tuple[SiteFormat | None, SiteFormat | None]  # of head and embedding
+
 
 @dataclass(frozen=True)
 class PackOptions:
@@ -56,6 +58,8 @@ class PackOptions:
     seed: int = 0
     device: str = "auto"
     plan: str | None = None  # file of a site plan, in place of a scheme
+    head: str | None = None  # format of the output head; default: as it is
+    embedding: str | None = None  # of the embedding
 
     def record(self) -> dict[str, Any]:
         """The options that are set, for the manifest."""
@@ -120,8 +124,9 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
     layout = describe(source.config, source.tensors)
     options = resolved(options)
     _check_rounding(options)
+    ends = _ends(layout, options)
     if options.plan is not None:
-        return _planned(source, layout, options, Path(options.plan))
+        return _planned(source, layout, options, Path(options.plan), ends)
     scheme = schemes.build(
         options.scheme,
         group=options.group or 32,
@@ -168,7 +173,7 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
         source,
         weights,
         layout,
-        from_sites(scheme.name, layout, formats, scheme.scale_rule),
+        from_sites(scheme.name, layout, formats, scheme.scale_rule).with_ends(*ends),
         channels,
         divisors,
         None if plan is None else sha256(plan.encode()).hexdigest(),
@@ -177,7 +182,9 @@ def prepare(source: Checkpoint, options: PackOptions) -> Job:
     )
 
 
-def _planned(source: Checkpoint, layout: ModelLayout, options: PackOptions, path: Path) -> Job:
+def _planned(
+    source: Checkpoint, layout: ModelLayout, options: PackOptions, path: Path, ends: Ends
+) -> Job:
     """The job of a site plan: formats and channels stand in it."""
     decided = {"group", "branch", "branch_bits", "mlp_out", "sites", "criterion", "hadamard"}
     clash = sorted((decided | {"balance"}) & set(options.record()))
@@ -199,13 +206,35 @@ def _planned(source: Checkpoint, layout: ModelLayout, options: PackOptions, path
         source,
         source,
         layout,
-        from_sites(PLANNED, layout, formats, plan.scale_rule),
+        from_sites(PLANNED, layout, formats, plan.scale_rule).with_ends(*ends),
         channels,
         divisors,
         plan.digest,
         statistics or plan.statistics_digest,
         inputs.energies if inputs else {},
     )
+
+
+def _ends(layout: ModelLayout, options: PackOptions) -> Ends:
+    """The formats of head and embedding; UsageError where the model or the options rule them out.
+
+    A tied head is the embedding: one packed matrix can be both, but one of them packed and the
+    other not would take more bytes than the 16-bit matrix alone.
+    """
+    names = {"--head": options.head, "--embedding": options.embedding}
+    asked = {option: name for option, name in names.items() if name is not None}
+    found = {option: schemes.end_format(name, option) for option, name in asked.items()}
+    if asked and options.dtype is not None:
+        raise UsageError(f"--dtype rounds nothing: leave out {' and '.join(asked)}")
+    if layout.tied and asked and options.head != options.embedding:
+        name = next(iter(asked.values()))
+        raise UsageError(
+            "the output head is the embedding (tied): they are packed together or not at all",
+            f"--head {name} --embedding {name}",
+        )
+    for option, fmt in found.items():
+        check_width(fmt, layout.hidden, option, f"leave out {option}")
+    return found.get("--head"), found.get("--embedding")
 
 
 def _check_rounding(options: PackOptions) -> None:

@@ -63,14 +63,19 @@ def stored_bits(fmt: SiteFormat | None, out: int, width: int) -> int:
     return sum(8 * dtype.itemsize * prod(shape) for dtype, shape in parts)
 
 
-def check_width(fmt: SiteFormat, width: int, where: str) -> None:
+def check_width(
+    fmt: SiteFormat,
+    width: int,
+    where: str,
+    hint: str = "leave this kind of site out: --site KIND=bf16",
+) -> None:
     """InputRejected when the site's width does not divide into the blocks of its formats."""
     for name in (fmt.weights, fmt.activations):
         block = FORMATS[name].block
         if block and width % block:
             raise InputRejected(
                 f"{where}: {width} channels do not divide into {name} blocks of {block}",
-                "leave this kind of site out: --site KIND=bf16",
+                hint,
             )
     if fmt.hadamard_size and width % fmt.hadamard_size:
         raise InputRejected(f"{where}: a Hadamard of {fmt.hadamard_size} does not divide {width}")

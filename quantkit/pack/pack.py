@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit import console
+from quantkit.calibrate.layerwise import choose_device
 from quantkit.calibrate.parallel import Ranks, joined
 from quantkit.checkpoint.measure import sizes
 from quantkit.checkpoint.reader import Checkpoint, open_checkpoint
@@ -16,6 +17,7 @@ from quantkit.checkpoint.writer import CheckpointWriter
 from quantkit.errors import UsageError
 from quantkit.export import compressed_tensors
 from quantkit.pack.balance import EditedCheckpoint
+from quantkit.pack.ends import pack_ends
 from quantkit.pack.job import Job, PackOptions, prepare
 from quantkit.pack.plain import help_packing, pack_sites
 from quantkit.pack.recipes import resolved
@@ -38,6 +40,8 @@ class PackResult:
     linears: int
     quant_method: str
     bits: dict[str, float]  # per weight by site kind, counted from the files
+    outside: dict[str, float]  # per weight of the embedding and of a head of its own
+    model_bits: float  # per parameter of the whole model
 
     def as_json(self) -> dict[str, Any]:
         """One object for --json."""
@@ -48,6 +52,8 @@ class PackResult:
             "quant_method": self.quant_method,
             "linears": self.linears,
             "bits_per_weight": self.bits,
+            "bits_outside_blocks": self.outside,
+            "bits_per_parameter": self.model_bits,
         }
 
     def as_text(self) -> str:
@@ -58,11 +64,15 @@ class PackResult:
             words = "" if kind == "all" else fmt.words() if fmt is not None else "as it is"
             others = sum(key.endswith(f".{kind}") for key in self.scheme.overrides)
             rows.append((kind, words + (f" ({others} differ)" if others else ""), f"{bits:.3f}"))
+        for name, fmt in (("embedding", self.scheme.embedding), ("head", self.scheme.head)):
+            if fmt is not None and name in self.outside:
+                rows.append((name, fmt.weights, f"{self.outside[name]:.3f}"))
         return "\n".join(
             [
                 console.table(("site", "format", "bits/weight"), rows),
                 f"{self.linears} linears packed, scale rule {self.scheme.scale_rule}, "
                 f"read as {self.quant_method}",
+                f"{self.model_bits:.3f} bits per parameter of the whole model",
                 f"wrote {self.output}",
             ]
         )
@@ -123,6 +133,7 @@ def _pack(
             linears = _sequential(job, options, tokens, ranks, step.writer)
         else:
             linears = pack_sites(step, job, options, ranks)
+        pack_ends(step.writer, job, choose_device(options.device, ranks))
         _write_edited(step, job)
         step.writer.keep_rest()
         step.writer.write_file("config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -135,7 +146,10 @@ def _pack(
     written = sizes(open_checkpoint(output))
     bits = {part.kind: part.bits for part in written.linears}
     bits["all"] = written.linear_bits
-    return PackResult(output, job.scheme, linears, method, bits)
+    outside = {part.kind: part.bits for part in written.outside}
+    return PackResult(
+        output, job.scheme, linears, method, bits, outside, round(written.model_bits, 4)
+    )
 
 
 def _sequential(
@@ -198,7 +212,9 @@ def suffix(options: PackOptions) -> str:
 def packed_config(job: Job, options: PackOptions) -> dict[str, Any]:
     """The output's `config.json`: compressed-tensors' description where it can say everything."""
     config = dict(job.source.config)
-    if compressed_tensors.can_describe(job.scheme):
+    if job.scheme.ends(job.layout):  # said outright: families differ in what silence means
+        config["tie_word_embeddings"] = job.layout.tied
+    if compressed_tensors.can_describe(job.scheme, job.layout.tied):
         section = compressed_tensors.write_config(job.scheme, job.layout)
     else:
         section = job.scheme.to_json()

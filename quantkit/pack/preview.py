@@ -26,23 +26,26 @@ def preview(
     output = output_of(source, suffix(options), target)
     job = prepare(source, options)
     method = packed_config(job, options)["quantization_config"]["quant_method"]
-    rows, before, after = _by_kind(job)
+    (rows, before, after), ends = _by_kind(job), _ends(job)
+    before += sum(row["bytes_before"] for row in ends)
+    after += sum(row["bytes"] for row in ends)
     rest = sum(info.nbytes for info in source.tensors.values()) - before
     foretold = forecast(job, options, output, after, rest)
     data = {
         "output": str(output),
         "quant_method": method,
         "kinds": rows,
+        "outside_blocks": ends,
         "bytes_in": before + rest,
         "bytes_out": after + rest,
-        "left_as_they_are": len(source.tensors) - sum(row["linears"] for row in rows),
+        "left_as_they_are": len(source.tensors) - sum(row["linears"] for row in (*rows, *ends)),
         "unmatched": list(job.layout.unmatched),
         **foretold,
         "kernels": _kernels(job),
     }
     table = console.table(
         ("site", "format", "linears", "bits/weight"),
-        [(r["kind"], r["format"], r["linears"], f"{r['bits']:.3f}") for r in rows],
+        [(r["kind"], r["format"], r["linears"], f"{r['bits']:.3f}") for r in (*rows, *ends)],
     )
     lines = [
         table,
@@ -82,6 +85,27 @@ def _by_kind(job: Job) -> tuple[list[dict[str, Any]], int, int]:
     return list(rows.values()), before, after
 
 
+def _ends(job: Job) -> list[dict[str, Any]]:
+    """The packed matrices outside the blocks, as `_by_kind` has the others."""
+    rows = []
+    for linear, fmt in job.scheme.ends(job.layout):
+        out, width = linear.shape
+        tensors = tensors_of(fmt, out, width).values()
+        packed = sum(dtype.itemsize * _count(shape) for dtype, shape in tensors)
+        rows.append(
+            {
+                "kind": "embedding" if linear == job.layout.table else "head",
+                "format": fmt.weights,
+                "linears": 1,
+                "weights": out * width,
+                "bytes": packed,
+                "bytes_before": job.source.tensors[linear.tensor].nbytes,
+                "bits": 8 * packed / (out * width),
+            }
+        )
+    return rows
+
+
 def _count(shape: tuple[int, ...]) -> int:
     total = 1
     for size in shape:
@@ -94,8 +118,10 @@ def _kernels(job: Job) -> list[str]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names: dict[str, None] = {}
-    for site in job.layout.layer_sites(0):
-        fmt = job.scheme.site(site.key, site.kind)
+    layout = job.layout
+    sites = [(s, job.scheme.site(s.key, s.kind)) for s in layout.layer_sites(0)]
+    used = [(fmt, site.width, tuple(x.shape[0] for x in site.linears)) for site, fmt in sites]
+    for fmt, width, outputs in (*used, (job.scheme.head, layout.hidden, (layout.vocab,))):
         if fmt is not None and fmt.weights in FORMATS:
             work = dispatch.Work(
                 weights=fmt.weights,
@@ -103,8 +129,8 @@ def _kernels(job: Job) -> list[str]:
                 branch=fmt.branch,
                 rule=job.scheme.scale_rule,
                 hadamard=fmt.hadamard,
-                width=site.width,
-                outputs=tuple(linear.shape[0] for linear in site.linears),
+                width=width,
+                outputs=outputs,
                 outliers=fmt.outliers,
             )
             choice = dispatch.choose(work, device)

@@ -9,15 +9,17 @@ from typing import Any
 
 from quantkit.errors import InputRejected, UsageError
 from quantkit.formats import FORMATS
-from quantkit.model.sites import KINDS, ModelLayout
+from quantkit.model.sites import KINDS, Linear, ModelLayout
 from quantkit.pack.recipes import RECIPES
 
 METHOD = "quantkit"
 FORMAT_VERSION = 1
+WITH_ENDS = 2  # the version of a checkpoint whose embedding or head is packed, and of no other
 WEIGHTS = ("mxfp4", "nvfp4", "mxfp8", "none")  # none: numbers stored as they are
 ACTIVATIONS = ("mxfp4", "nvfp4", "mxfp8", "none")
 BRANCHES = ("bf16", "fp8", "residual")
 RESIDUAL_FORMATS = ("mxfp4", "nvfp4", "none")  # of weights and of activations alike
+ENDS = ("mxfp8", "mxfp4")  # what `pack` makes of the embedding and the output head
 RULES = ("floor", "even", "even4", "ceil", "rceil", "mse")
 GROUPS = (32, 64, 128)
 
@@ -75,28 +77,50 @@ class SiteFormat:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Formats by site kind, exceptions by site key, and the rule of the block scales."""
+    """Formats by site kind, exceptions by site key, and the rule of the block scales.
+
+    `head` and `embedding` are the matrices outside the blocks, None as they are. The head is a
+    linear like any other; of the embedding, rows are decoded as they are looked up.
+    """
 
     name: str
     sites: Mapping[str, SiteFormat | None]  # None: ordinary linears
     scale_rule: str = "even"
     overrides: Mapping[str, SiteFormat | None] = field(default_factory=dict)
     ignore: tuple[str, ...] = ("lm_head",)
+    head: SiteFormat | None = None
+    embedding: SiteFormat | None = None
 
     def site(self, key: str, kind: str) -> SiteFormat | None:
         """The format of one site; None when it stays as it is."""
         return self.overrides[key] if key in self.overrides else self.sites[kind]
 
+    def ends(self, layout: ModelLayout) -> list[tuple[Linear, SiteFormat]]:
+        """The packed matrices outside the blocks; a tied head is stored as the embedding alone."""
+        found = ((layout.table, self.embedding), (layout.head, self.head))
+        return [(linear, fmt) for linear, fmt in found if linear is not None and fmt is not None]
+
+    def with_ends(self, head: SiteFormat | None, embedding: SiteFormat | None) -> Scheme:
+        """The scheme with these formats of head and embedding."""
+        ignore = ("lm_head",) if head is None else ()
+        return replace(self, head=head, embedding=embedding, ignore=ignore)
+
     def to_json(self) -> dict[str, Any]:
         """The `quantization_config` object."""
+        ends = {
+            name: fmt.to_json()
+            for name, fmt in (("head", self.head), ("embedding", self.embedding))
+            if fmt is not None
+        }
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": WITH_ENDS if ends else FORMAT_VERSION,
             "scheme": self.name,
             "scale_rule": self.scale_rule,
             "sites": {kind: site and site.to_json() for kind, site in self.sites.items()},
             "overrides": {key: site and site.to_json() for key, site in self.overrides.items()},
             "ignore": list(self.ignore),
+            **ends,
         }
 
 
@@ -146,6 +170,13 @@ def build(
                 f"leave it out for this kind: --site {kind}={fmt.weights}",
             )
     return Scheme(name, formats, scale_rule)
+
+
+def end_format(name: str, option: str) -> SiteFormat:
+    """The format of `--head` or `--embedding`; UsageError when there is no such one."""
+    if name not in ENDS:
+        raise UsageError(f"{option} {name}: one of {', '.join(ENDS)}")
+    return SiteFormat(name, name if option == "--head" else "none")
 
 
 def from_sites(
@@ -205,9 +236,10 @@ def from_json(data: Mapping[str, Any]) -> Scheme:
     """Read a `quantization_config` object; InputRejected when it is not one of this version."""
     if data.get("quant_method") != METHOD:
         raise InputRejected(f"quant_method {data.get('quant_method')!r} is not {METHOD!r}")
-    if data.get("format_version") != FORMAT_VERSION:
+    version = WITH_ENDS if "head" in data or "embedding" in data else FORMAT_VERSION
+    if data.get("format_version") != version:
         raise InputRejected(
-            f"packed format version {data.get('format_version')!r} is not {FORMAT_VERSION}",
+            f"packed format version {data.get('format_version')!r} is not {version}",
             "it was packed by another version of quantkit",
         )
     sites, overrides = data.get("sites"), data.get("overrides", {})
@@ -226,7 +258,24 @@ def from_json(data: Mapping[str, Any]) -> Scheme:
         rule,
         {key: site and read_site(site, key) for key, site in overrides.items()},
         tuple(map(str, ignore)),
+        _read_end(data.get("head"), "head"),
+        _read_end(data.get("embedding"), "embedding"),
     )
+
+
+def _read_end(data: object, where: str) -> SiteFormat | None:
+    if data is None:
+        return None
+    fmt = read_site(data, where)
+    check_end(fmt, where)
+    return fmt
+
+
+def check_end(fmt: SiteFormat, where: str) -> None:
+    """InputRejected for a format that head or embedding (`where`) cannot have."""
+    looked_up = where == "embedding" and fmt.activations != "none"
+    if not fmt.plain or fmt.weights == "none" or looked_up:
+        raise InputRejected(f"quantization_config: {where} is not understood")
 
 
 def read_site(data: object, where: str) -> SiteFormat:

@@ -12,6 +12,7 @@ from quantkit.model.families import FAMILIES, describe
 from quantkit.model.sites import Linear, Site
 from quantkit.pack.scheme import Scheme
 from quantkit.runtime import mlp, norm
+from quantkit.runtime.embedding import replace_ends
 from quantkit.runtime.experts import QuantExperts
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.site import PackedSite
@@ -22,7 +23,8 @@ EXPERTS = "mlp.experts"  # where transformers keeps a block's fused experts
 def replace_linears(model: Any, scheme: Scheme, dtype: torch.dtype) -> int:
     """Put a QuantLinear (on the meta device, without numbers) in place of every packed linear.
 
-    `dtype` is that of biases and of weights that stay unrounded. Returns how many were replaced.
+    So it does with a packed embedding. `dtype` is that of biases and of weights that stay
+    unrounded. Returns how many linears of blocks were replaced.
     """
     layout = describe(model.config.to_dict(), model.state_dict())
     replaced = 0
@@ -42,6 +44,7 @@ def replace_linears(model: Any, scheme: Scheme, dtype: torch.dtype) -> int:
         block = model.get_submodule(f"model.layers.{layer}")
         mlp.fuse(block)
         norm.fuse(block)
+    replace_ends(model, scheme.head, scheme.embedding, scheme.scale_rule, dtype)
     if not replaced:
         raise InputRejected("the packed checkpoint's configuration matches no linear of the model")
     return replaced

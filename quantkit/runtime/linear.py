@@ -75,7 +75,7 @@ class QuantLinear(nn.Module):
 
     def _source(self, dtype: torch.dtype) -> tuple[object, ...]:
         # Loading into the module changes where its bytes lie, or their version.
-        first = getattr(self, self.packed_names[0])
+        first = self.packed()[self.packed_names[0]]
         version = 0 if first.is_inference() else first._version
         return dtype, first.device, first.data_ptr(), version
 

@@ -66,7 +66,13 @@ class QuantkitConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantkitConfig:
         """Check and read the object; InputRejected when it is not understood."""
-        return cls(schemes.from_json(config))
+        scheme = schemes.from_json(config)
+        if scheme.head is not None or scheme.embedding is not None:
+            raise UsageError(
+                "a packed head or embedding is not served by vLLM yet",
+                "pack the checkpoint without --head and --embedding",
+            )
+        return cls(scheme)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """How a layer computes: packed, as it is, or (not a linear) its own business."""
