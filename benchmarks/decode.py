@@ -6,7 +6,8 @@ Each model generates through transformers' own `generate` with a static cache an
 decoding step (CUDA graphs); FP8 is torch's per-token scaled_mm in place of every linear of a block.
 Tokens per second count the steps after the first few, from CUDA events at each step; memory is
 what the weights occupy on the GPU before generation, and that of the decoder blocks alone, without
-embedding and output head, which are bfloat16 in every model.
+embedding and output head. These two are bfloat16 in the `bf16` and the `fp8` model always, and in
+the packed ones unless `--head mxfp8 --embedding mxfp8` packs them there; the table says which.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from quantkit import console
 from quantkit.kernels import dispatch
 from quantkit.pack.layout import index_tensor, padded
-from quantkit.pack.scheme import Scheme, build
+from quantkit.pack.scheme import ENDS, Scheme, build, end_format
 from quantkit.runtime.convert import replace_linears
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.norm import SiteNorm
@@ -72,10 +73,14 @@ class Fp8Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-def scheme_of(kind: str, config: Any) -> Scheme:
+def scheme_of(kind: str, config: Any, head: str | None, embedding: str | None) -> Scheme:
     """MXFP4 everywhere, or the dual-path scheme with one outlier channel in each 32."""
+    ends = (
+        None if head is None else end_format(head, "--head"),
+        None if embedding is None else end_format(embedding, "--embedding"),
+    )
     if kind == "w4a4":
-        return build("mxfp4")
+        return build("mxfp4").with_ends(*ends)
     widths = {
         "attn_in": config.hidden_size,
         "attn_out": config.num_attention_heads * config.head_dim,
@@ -87,10 +92,16 @@ def scheme_of(kind: str, config: Any) -> Scheme:
         name: replace(site, outliers=padded(widths[name] // 32)) if site.branch else site
         for name, site in scheme.sites.items()
     }
-    return replace(scheme, sites=sites)
+    return replace(scheme, sites=sites).with_ends(*ends)
 
 
-def random_model(kind: str, layers: int, device: torch.device) -> Any:
+def random_model(
+    kind: str,
+    layers: int,
+    device: torch.device,
+    head: str | None = None,
+    embedding: str | None = None,
+) -> Any:
     """A model on `device` whose weights are random in the format of `kind`."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -103,7 +114,7 @@ def random_model(kind: str, layers: int, device: torch.device) -> Any:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.model.layers.get_submodule(parent), leaf, Fp8Linear(module))
     elif kind != "bf16":
-        replace_linears(model, scheme_of(kind, config), torch.bfloat16)
+        replace_linears(model, scheme_of(kind, config, head, embedding), torch.bfloat16)
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     generator = torch.Generator(device).manual_seed(0)
@@ -131,8 +142,8 @@ def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
     elif name == "scale":
         tensor.fill_(0.02)
     elif tensor.dtype == torch.float8_e4m3fn:
-        for row in tensor:  # a whole float32 copy would be four times the weight
-            row.copy_(torch.randn(row.shape, device=row.device, generator=generator))
+        for rows in tensor.split(1024):  # a whole float32 copy would be four times the weight
+            rows.copy_(torch.randn(rows.shape, device=rows.device, generator=generator))
     else:
         tensor.normal_(0, 0.02, generator=generator)
 
@@ -183,7 +194,7 @@ def measure(
     device = torch.device("cuda")
     dispatch.forget()
     before = torch.cuda.memory_allocated()
-    model = random_model(kind, options.layers, device)
+    model = random_model(kind, options.layers, device, options.head, options.embedding)
     for module in model.modules():
         if isinstance(module, SiteNorm) and options.separate_norms:
             module.site = None
@@ -192,8 +203,11 @@ def measure(
     gc.collect()
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated() - before
-    outside = sum(m.weight.nbytes for m in (model.model.embed_tokens, model.lm_head))
-    found |= {"weights_bytes": weights, "blocks_bytes": weights - outside}
+    ends = {"embedding": model.model.embed_tokens, "head": model.lm_head}
+    held = {name: bytes_on_gpu(module) for name, module in ends.items()}
+    found |= {"weights_bytes": weights, "blocks_bytes": weights - sum(held.values())}
+    found |= {f"{name}_bytes": size for name, size in held.items()}
+    found["ends"] = ", ".join(f"{name} {words(module)}" for name, module in ends.items())
     found |= {"kernels": dispatch.summary(), "batch": {}}
     for batch in options.batch:
         torch._dynamo.reset()
@@ -206,6 +220,21 @@ def measure(
     del model
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def bytes_on_gpu(module: nn.Module) -> int:
+    """What a module holds on the GPU: a prepared linear its kernel's layout alone."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if isinstance(module, QuantLinear):
+        probe = torch.empty(1, module.in_features, dtype=torch.bfloat16, device="cuda")
+        kernel = module.site.kernel(probe)
+        tensors += [] if kernel is None else [*kernel.buffers()]
+    return sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
+
+
+def words(module: nn.Module) -> str:
+    """The format of an embedding or a head."""
+    return module.format.weights if hasattr(module, "format") else "bf16"
 
 
 def profile(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -247,6 +276,7 @@ def as_text(found: dict[str, Any], layout: Callable[..., str] = console.table) -
             rows.append(
                 [
                     kind,
+                    model["ends"],
                     batch,
                     f"{cell['step_ms']:.3f}",
                     f"{cell['tokens_per_s']:.0f}",
@@ -254,8 +284,8 @@ def as_text(found: dict[str, Any], layout: Callable[..., str] = console.table) -
                     *memory,
                 ]
             )
-    headers = ["model", "batch", "ms a step", "tokens/s", "x bf16", "x fp8", "GB", "of bf16"]
-    headers += ["blocks GB", "of bf16"]
+    headers = ["model", "outside the blocks", "batch", "ms a step", "tokens/s", "x bf16", "x fp8"]
+    headers += ["GB", "of bf16", "blocks GB", "of bf16"]
     return f"{found['device']}\n\n{layout(headers, rows)}"
 
 
@@ -268,6 +298,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN3_8B["num_hidden_layers"])
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--steps", type=int, default=96)
+    for end in ("--head", "--embedding"):
+        parser.add_argument(end, choices=ENDS, help="its format in the packed models, not bf16")
     parser.add_argument(
         "--separate-norms", action="store_true", help="leave RMSNorm to torch, to compare"
     )
@@ -280,6 +312,8 @@ def main() -> None:
         "torch": torch.__version__,
         "layers": options.layers,
         "separate_norms": options.separate_norms,
+        "head": options.head,
+        "embedding": options.embedding,
         "models": {},
     }
 
