@@ -5,11 +5,14 @@
 One NVIDIA GPU for which quantkit has an MXFP4 kernel. A time is microseconds a call in a CUDA graph
 of calls on weights that are cold in L2 (see quantkit.kernels.bench). `plain` launches follow one
 another as torch's do; `overlapped` ones start while the kernel before ends, as they do in a model.
-Ratios are the best of torch's FP8 variants, launched plainly, over ours. `error` is relative to the
-float32 reference on the same packed numbers. Every cell is launched twice and must give equal bits.
-`act` is the activation kernel alone on inputs that are cold as well, and its share of the copy
-bandwidth. `with norm` is the chain after the RMSNorm before it in a model (SwiGLU where outputs
-are fewer than inputs): compiled by torch as a kernel of its own, and inside the activation kernel.
+Ratios are the best of torch's FP8 variants, launched plainly, over ours. Prefill reaches the GPU's
+power limit, which slows whatever is timed next: there all timings start after REST seconds' rest.
+
+`error` is relative to the float32 reference on the same packed numbers. Each cell is launched twice
+and must give equal bits. `act` is the activation kernel alone on inputs that are cold as well, and
+its share of the copy bandwidth. `with norm` is the chain after the RMSNorm before it in a model
+(SwiGLU where outputs are fewer than inputs): compiled by torch as a kernel of its own, and inside
+the activation kernel.
 
 `--candidates` also times the Hopper tiles that no plan takes yet.
 """
@@ -36,11 +39,12 @@ from quantkit.kernels import bench, dispatch, jit, reference, sm90, sm90_tiles
 from quantkit.pack.scheme import SiteFormat
 
 BRANCHES = ((None, 0), ("bf16", 32), ("fp8", 64))  # branch, one outlier channel of so many
+REST = 0.15  # seconds
 ERROR_ROWS = 512  # outputs of each linear that are compared with the reference
 
 
 def cells(
-    options: argparse.Namespace, device: torch.device, timer: bench.Timer, bandwidth: float
+    options: argparse.Namespace, device: torch.device, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
     """One dictionary a shape, branch and number of tokens."""
     for outputs, width in options.shapes:
@@ -58,6 +62,8 @@ def cells(
                 if branch == "fp8" and tokens > sm90_tiles.PREFILL:
                     continue
                 x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+                rest = REST if tokens > sm90_tiles.PREFILL else 0.0
+                timer = partial(bench.graph_time, repeats=options.repeats, rest=rest)
                 if tokens not in peer_times:
                     peer_times[tokens] = {n: calls(x, timer) for n, calls in peers.items()}
                 moved = own_bytes + 2 * tokens * (width + outputs)
@@ -102,12 +108,7 @@ def alone(products: list[Callable[[], Tensor]], timer: bench.Timer) -> dict[str,
     return found
 
 
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function` by torch.compile for the shapes of its first call."""
-    torch._dynamo.reset()  # past eight shapes it would run eagerly
-    return torch.compile(function, dynamic=False)
-
-
+@bench.compiled
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """transformers' LlamaRMSNorm."""
     wide = x.float()
@@ -115,6 +116,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return gain * wide.to(x.dtype)
 
 
+@bench.compiled
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the two halves."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -125,10 +127,10 @@ def with_norm(modules: list[Any], x: Tensor, outputs: int, timer: bench.Timer) -
     """The chain after what a model has in front of it, in a kernel of its own and in ours."""
     inputs: tuple[Tensor, ...]
     if outputs > x.shape[1]:  # reads the residual
-        inputs, before = (x, torch.ones_like(x[0])), compiled(rms_norm)
+        inputs, before = (x, torch.ones_like(x[0])), rms_norm
         ours = [partial(module.normed, *inputs, 1e-6) for module in modules]
     else:
-        inputs, before = (torch.cat([x, x], 1),), compiled(swiglu)
+        inputs, before = (torch.cat([x, x], 1),), swiglu
         ours = [partial(module.gated, *inputs) for module in modules]
     apart = lambda module: module(before(*inputs))  # noqa: E731
     return {"apart": timer([partial(apart, m) for m in modules]), "fused": timer(ours)}
@@ -259,7 +261,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU")
     device = torch.device("cuda", torch.cuda.current_device())
-    timer: bench.Timer = lambda calls: bench.graph_time(calls, options.repeats)  # noqa: E731
+    timer = partial(bench.graph_time, repeats=options.repeats)
     if dispatch.capability(device) == (9, 0):
         build((*sm90_tiles.TILES, *(sm90_tiles.CANDIDATES if options.candidates else ())))
     found: dict[str, Any] = {
@@ -269,7 +271,7 @@ def main() -> None:
         "cells": [],
     }
     with torch.inference_mode():
-        for cell in cells(options, device, timer, found["bandwidth"]):
+        for cell in cells(options, device, found["bandwidth"]):
             found["cells"].append(cell)
             console.note(
                 f"{cell['outputs']}, {cell['width']}, M {cell['tokens']}, {cell['branch']}: "

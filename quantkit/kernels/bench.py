@@ -13,6 +13,7 @@ import copy
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +51,14 @@ class Options:
     bandwidth: float | None = None  # bytes a second of the roofline; None: measured by a copy
 
 
-def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
-    """Return the median microseconds of a call over replays of a CUDA graph of all `calls`."""
+def graph_time(
+    calls: Sequence[Callable[[], object]], repeats: int = 15, rest: float = 0.0
+) -> float:
+    """Return the median microseconds of a call over replays of a CUDA graph of all `calls`.
+
+    Products of many tokens reach a GPU's power limit, and what is timed after them starts with a
+    lower clock: `rest` seconds of idleness before the replays give every kernel the same start.
+    """
     torch.cuda.synchronize()  # warm-up below runs on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -64,6 +71,9 @@ def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> floa
             call()
     for _ in range(3):
         graph.replay()
+    if rest:
+        torch.cuda.synchronize()
+        time.sleep(rest)
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -209,6 +219,13 @@ def copy_bandwidth(timer: Timer, device: torch.device) -> float:
     return 2 * source.nbytes / (min(timer([kernel]) for kernel in kernels) * 1e-6)
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` by torch.compile, anew for every shape, past the eight it would stop at too."""
+    torch._dynamo.config.recompile_limit = 1 << 10
+    torch._dynamo.config.accumulated_recompile_limit = 1 << 10
+    return torch.compile(function, dynamic=False)
+
+
 PeerCalls = Callable[[Tensor, Timer], dict[str, float]]
 
 
@@ -239,10 +256,9 @@ def _fp8(outputs: int, width: int, device: torch.device) -> PeerCalls:
         scale = x.abs().amax(-1, keepdim=True).float() / 448
         return (x / scale).to(torch.float8_e4m3fn), scale
 
-    quantize = torch.compile(quantize, dynamic=False)
+    quantize = compiled(quantize)
 
     def calls(x: Tensor, timer: Timer) -> dict[str, float]:
-        torch._dynamo.reset()  # past eight shapes torch.compile would run the quantizer eagerly
         codes, scale = quantize(x)
 
         def multiply(codes: Tensor, scale: Tensor, weight: Tensor, fast: bool, row: bool) -> Tensor:
