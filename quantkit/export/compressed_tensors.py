@@ -38,11 +38,13 @@ _RULE = "scale_rule"  # among observer_kwargs, which readers of the files do not
 def can_describe(scheme: Scheme, tied: bool = False) -> bool:
     """Whether every packed site, embedding and head is one that compressed-tensors has words for.
 
-    It has none for a packed matrix that is both of them (`tied`).
+    It has none for a packed matrix that is both of them (`tied`), and what it says of an embedding
+    in 4 bits transformers (5.23) cannot load.
     """
     used = [fmt for fmt in (*scheme.sites.values(), *scheme.overrides.values()) if fmt]
     ends = [fmt for fmt in (scheme.head, scheme.embedding) if fmt]
-    if not used or (ends and tied):
+    four_bits = scheme.embedding is not None and scheme.embedding.weights != "mxfp8"
+    if not used or four_bits or (ends and tied):
         return False
     return all(fmt.plain and has_words_for(fmt) for fmt in (*used, *ends))
 

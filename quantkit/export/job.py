@@ -127,6 +127,11 @@ def _check_end(layout: ModelLayout, linear: Linear, fmt: SiteFormat, to: str) ->
             "the blocks only",
             "pack the unpacked checkpoint again without --head and --embedding",
         )
+    if linear == layout.table and fmt.weights != "mxfp8":
+        raise UsageError(
+            f"{linear.module} is packed as {fmt.weights}, which transformers cannot load as {to}",
+            "pack the unpacked checkpoint again with --embedding mxfp8, or without",
+        )
     if layout.tied:
         raise UsageError(
             "one packed matrix is the embedding and the head, which compressed-tensors cannot say",

@@ -53,7 +53,9 @@ class QuantEmbedding(nn.Module):
         return found if self._factor is None else found * self._factor
 
     def _rounded_scale(self) -> float | None:
-        return None if self.scale is None else torch.tensor(self.scale, dtype=self.dtype).item()
+        if self.scale is None:
+            return None
+        return torch.tensor(self.scale, dtype=self.dtype, device="cpu").item()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantEmbedding:
         # `model.to(torch.float32)` changes what rows are decoded to, not their codes.
@@ -61,7 +63,7 @@ class QuantEmbedding(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         self._factor = self._rounded_scale()
         super()._apply(same_dtype, recurse)
         return self

@@ -32,7 +32,11 @@ SCHEMES = {
     "mxfp8": PackOptions("mxfp8"),
     "mixed": PackOptions("mxfp4", sites={"mlp_out": "mxfp8", "attn_out": "nvfp4"}),
     "some": PackOptions("mxfp4", sites={"mlp_in": "bf16"}),
+    "head": PackOptions("mxfp8", head="mxfp8"),
+    "ends": PackOptions("mxfp4", head="mxfp8", embedding="mxfp8"),
+    "other ends": PackOptions("nvfp4", sites={"mlp_in": "bf16"}, head="mxfp4", embedding="mxfp8"),
 }
+COUNTS = {"some": 10, "head": 15, "ends": 16, "other ends": 12}
 
 
 def linears(packed: Checkpoint) -> dict[str, tuple[SiteFormat, dict[str, Tensor]]]:
@@ -47,6 +51,10 @@ def linears(packed: Checkpoint) -> dict[str, tuple[SiteFormat, dict[str, Tensor]
             names = tensors_of(fmt, *linear.shape)
             tensors = {name: packed.read(f"{linear.module}.{name}") for name in names}
             found[linear.module] = fmt, tensors
+    for linear, fmt in scheme.ends(layout):
+        names = tensors_of(fmt, *linear.shape)
+        tensors = {name: packed.read(f"{linear.module}.{name}") for name in names}
+        found[linear.module] = fmt, tensors
     return found
 
 
@@ -55,7 +63,7 @@ def test_the_library_decompresses_to_our_weights(
     calibrated: Path, tmp_path: Path, name: str
 ) -> None:
     packed = open_checkpoint(pack(calibrated, SCHEMES[name], Target(tmp_path / "out")).output)
-    assert len(assert_the_library_agrees(packed)) == (10 if name == "some" else 14)
+    assert len(assert_the_library_agrees(packed)) == COUNTS.get(name, 14)
 
 
 def assert_the_library_agrees(packed: Checkpoint) -> set[str]:
@@ -119,6 +127,7 @@ def test_our_reader_understands_our_writer(calibrated: Path, tmp_path: Path, nam
     words = {k: f.words() if f else None for k, f in read.sites.items()}
     assert words == {k: f.words() if f else None for k, f in result.scheme.sites.items()}
     assert not read.overrides
+    assert (read.head, read.embedding) == (result.scheme.head, result.scheme.embedding)
 
 
 def test_the_scale_rule_travels_with_the_file(calibrated: Path, tmp_path: Path) -> None:
@@ -157,6 +166,31 @@ def test_what_it_has_no_word_for() -> None:
     assert not can_describe(build("osc"))
     rotated = SiteFormat("mxfp4", "mxfp4", hadamard={"block": 32})
     assert not can_describe(Scheme("mxfp4", dict.fromkeys(build("mxfp4").sites, rotated)))
+    packed = build("mxfp4").with_ends(SiteFormat("mxfp8", "mxfp8"), SiteFormat("mxfp8", "none"))
+    assert can_describe(packed)
+    assert not can_describe(packed, tied=True)
+    four = build("mxfp4").with_ends(None, SiteFormat("mxfp4", "none"))
+    assert not can_describe(four), "transformers cannot load it"
+
+
+def test_an_embedding_is_no_linear(calibrated: Path) -> None:
+    """Foreign configurations: what `Linear`, `Embedding` and `ignore` mean outside the blocks."""
+    source = open_checkpoint(calibrated)
+    layout = describe(source.config, source.tensors)
+    section = write_config(build("mxfp4"), layout)
+    read = read_config(section | {"ignore": []}, layout)
+    assert (read.head, read.embedding) == (SiteFormat("mxfp4", "mxfp4"), None)
+    weights_only = section["config_groups"]["group_0"] | {"input_activations": None}
+    groups = section["config_groups"] | {"table": weights_only | {"targets": ["Embedding"]}}
+    read = read_config(section | {"config_groups": groups}, layout)
+    assert (read.head, read.embedding) == (None, SiteFormat("mxfp4", "none"))
+    ignored = {"config_groups": groups, "ignore": ["lm_head", "model.embed_tokens"]}
+    assert read_config(section | ignored, layout).embedding is None
+    tied = describe(
+        source.config | {"tie_word_embeddings": True},
+        {name: info for name, info in source.tensors.items() if name != "lm_head.weight"},
+    )
+    assert read_config(section | {"ignore": []}, tied).head is None
 
 
 @pytest.mark.parametrize(

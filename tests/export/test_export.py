@@ -23,7 +23,7 @@ from quantkit.pack.pack import pack
 from quantkit.pack.scheme import SiteFormat
 from quantkit.runtime.load import scheme_of
 from tests.export.test_compressed_tensors import assert_the_library_agrees, linears
-from tests.tiny import VOCAB, calibrate_tiny
+from tests.tiny import VOCAB, calibrate_tiny, save_tiny
 from tests.workspace import Shell, Workspace
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -58,6 +58,33 @@ def test_a_plain_checkpoint_is_linked_as_it_is(
     assert done.as_json()["lossless"]
     assert after.manifest is not None
     assert [s.verb for s in after.manifest.steps] == ["calibrate", "pack", "export"]
+
+
+def test_a_packed_head_goes_along_and_modelopt_has_none(calibrated: Path, tmp_path: Path) -> None:
+    options = PackOptions("osc", head="mxfp8", embedding="mxfp8")
+    osc = pack(calibrated, options, Target(tmp_path / "osc")).output
+    folded = Options(fold_outliers=True, windows=0)
+    exported = open_checkpoint(export(osc, folded, Target(tmp_path / "ct")).output)
+    assert_the_library_agrees(exported)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.weight_scale"):
+        a, b = (c.read(name).view(torch.uint8) for c in (exported, open_checkpoint(osc)))
+        assert torch.equal(a, b)
+    four = pack(calibrated, PackOptions("mxfp4", embedding="mxfp4"), Target(tmp_path / "four"))
+    assert four.quant_method == "quantkit"
+    with pytest.raises(UsageError, match="embed_tokens is packed as mxfp4, which transformers"):
+        export(four.output, Options(), Target(tmp_path / "out"))
+    options = PackOptions("nvfp4", head="mxfp8")
+    packed = pack(calibrated, options, Target(tmp_path / "nvfp4")).output
+    with pytest.raises(UsageError, match="lm_head is packed as mxfp8: modelopt is written for"):
+        export(packed, Options("modelopt"), Target(tmp_path / "modelopt"))
+
+
+def test_one_matrix_as_embedding_and_head_is_refused(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model", dtype=torch.bfloat16, tie_word_embeddings=True)
+    options = PackOptions("mxfp4", head="mxfp8", embedding="mxfp8")
+    packed = pack(source, options, Target(tmp_path / "packed")).output
+    with pytest.raises(UsageError, match="one packed matrix is the embedding and the head"):
+        export(packed, Options(), Target(tmp_path / "out"))
 
 
 def test_a_branch_is_refused_until_it_may_be_folded(calibrated: Path, tmp_path: Path) -> None:

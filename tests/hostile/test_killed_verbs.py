@@ -33,6 +33,7 @@ STEPS: dict[str, list[str]] = {
     "rotated": ["rotate", "model-calibrated", "--kind", "random-hadamard"],
     "separated": ["separate-outliers", "model-calibrated"],
     "packed": ["pack", "model-calibrated", "--scheme", "osc", "--mlp-out", "mxfp4"],
+    "ends": ["pack", "model-calibrated", "--head", "mxfp8", "--embedding", "mxfp4"],
     "searched": ["pack", "model-calibrated", "--scheme", "nvfp4", "--rounding", "search"],
     "compensated": ["pack", "model-calibrated", "--scheme", "w4a4", "--rounding", "gptq"],
     "exported": ["export", "model-packed", "--fold-outliers", "--windows", "0"],

@@ -23,6 +23,8 @@ from quantkit.errors import InputRejected, UsageError
 from quantkit.kernels import dispatch
 from quantkit.pack.job import PackOptions
 from quantkit.pack.pack import pack
+from quantkit.pack.scheme import SiteFormat
+from quantkit.pack.scheme import build as build_scheme
 from tests.runtime import vllm_stand_in
 from tests.tiny import calibrate_tiny
 
@@ -266,6 +268,13 @@ def test_sites_that_are_not_packed_stay_ordinary(
     assert config.get_quant_method(nn.Module(), "model.layers.0.self_attn.attn") is None
     with pytest.raises(UsageError, match="mixtures"):
         config.get_quant_method(nn.Module(), "model.layers.0.mlp.experts")
+
+
+def test_a_packed_head_or_embedding_is_refused(plugin: Any) -> None:
+    eight = SiteFormat("mxfp8", "mxfp8")
+    section = build_scheme("osc").with_ends(eight, None).to_json()
+    with pytest.raises(UsageError, match="not served by vLLM yet"):
+        plugin.QuantkitConfig.from_config(section)
 
 
 def test_registering_again_is_harmless(plugin: Any) -> None:
