@@ -1,10 +1,11 @@
 """GPTQ on block formats: columns rounded one by one, their error moved to those still to come.
 
-Minimises ||X W^T - X W~^T|| for the inputs X a linear really meets: transformed, separated and
-quantized. The block scales are fixed beforehand and stay in the original column order; columns
-are *visited* by decreasing second moment (static act-order). Columns of a 16-bit branch are
-visited last and not rounded to the grid: they take up what the 4-bit columns leave behind.
-GPTQ (2210.17323); static act-order as in MR-GPTQ (2509.23202).
+Minimises ||X W^T - X W~^T|| for the inputs X a linear really meets: transformed, separated,
+quantized, and of about one length each, so that no attention sink outweighs all other tokens (see
+`moments.token_scales`). The block scales are fixed beforehand and stay in the original column
+order; columns are *visited* by decreasing second moment (static act-order). Columns of a 16-bit
+branch are visited last and not rounded to the grid: they take up what the 4-bit columns leave
+behind. GPTQ (2210.17323); static act-order as in MR-GPTQ (2509.23202).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from quantkit.pack.grid import Grid
 
 BLOCK = 64  # columns between two updates of the rest of the matrix
 DAMPING = 0.01  # of the mean diagonal
+SHRINKING = 0.2  # of each column's own diagonal: less fits the calibration text, not the next one
 RIDGE = 1.0  # of the mean diagonal: less fits the calibration text more than the next one
 
 
@@ -30,18 +32,21 @@ def compensate(
     *,
     free: int = 0,
     damping: float = DAMPING,
+    shrinking: float = SHRINKING,
 ) -> tuple[Tensor, Tensor, Grid]:
     """Move rounding errors between the columns of `w` [out, in + free].
 
     `hessian` [in + free]^2 is the inputs' second moment; the last `free` columns belong to a
-    branch. `grid_of` fixes the scales of the first `in` columns. Gives the compensated weight
-    float32 [out, in], whose plain rounding to the grid is GPTQ's result, the branch's columns
-    [out, free], and the grid. Columns that never saw an input keep their values.
+    branch. `grid_of` fixes the scales of the first `in` columns. Their diagonal grows by
+    `shrinking`, which makes correlations smaller (many are the calibration text's alone), and all
+    of it by `damping` of its mean. Gives the compensated weight float32 [out, in], whose plain
+    rounding to the grid is GPTQ's result, the branch's columns [out, free], and the grid. Columns
+    that never saw an input keep their values.
     Raises QuantkitError when the second moments are not finite.
     """
     width = w.shape[1] - free
     grid = grid_of(w[:, :width])
-    factor, order = _inverse_factor(hessian, width, damping)
+    factor, order = _inverse_factor(hessian, width, damping, shrinking)
     block_of = [column // grid.block for column in order.tolist()]
     steps = grid.step().t().contiguous()  # [blocks, out]
     columns = w.float().t()[order].contiguous()  # [in + free, out], in visiting order
@@ -76,7 +81,9 @@ def towards(w: Tensor, hessian: Tensor, cross: Tensor, ridge: float = RIDGE) -> 
     return w.float() + (w.double() @ change).float()
 
 
-def _inverse_factor(hessian: Tensor, width: int, damping: float) -> tuple[Tensor, Tensor]:
+def _inverse_factor(
+    hessian: Tensor, width: int, damping: float, shrinking: float
+) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse in visiting order, float32, and that order.
 
     Never fails on a singular matrix: a column without input is decoupled (unit diagonal), and the
@@ -97,6 +104,7 @@ def _inverse_factor(hessian: Tensor, width: int, damping: float) -> tuple[Tensor
     matrix = matrix.masked_fill(dead[:, None] | dead[None, :], 0.0)
     for attempt in range(12):
         damped = matrix.clone()
+        damped.diagonal()[:width].mul_(1 + shrinking)
         damped.diagonal().add_(damping * 10.0**attempt * mean).add_(mean * dead)
         lower, info = torch.linalg.cholesky_ex(damped[order][:, order])
         if int(info):

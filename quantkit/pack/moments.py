@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.parallel import Ranks
+from quantkit.formats.e8m0 import power_of_two
 
 
 class SecondMoment:
@@ -36,6 +37,17 @@ class SecondMoment:
         """The mean over the `count` tokens that all processes saw: float32 [n, n]."""
         ranks.add_up(self.total)
         return self.total.div_(count).float()
+
+
+def token_scales(x: Tensor) -> Tensor:
+    """Powers of two [tokens, 1] that bring every token of x [tokens, n] to a mean square in 1 to 4.
+
+    In the dtype of x, where the product is exact. Without them a few tokens decide what a weight
+    is rounded for: an attention sink's input of `down_proj` can have a thousand times the energy
+    of any other's, and rounding would keep its output, which the next norm divides by as much.
+    """
+    size = x.float().square().mean(1, keepdim=True).sqrt()
+    return power_of_two((1 - torch.frexp(size).exponent).clamp(-120, 120)).to(x.dtype)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from quantkit.pack.group import fused_groups, names_of, tensors_of_group, weight
 from quantkit.pack.job import Job, PackOptions
 from quantkit.pack.learned import Learning
 from quantkit.pack.modules import PackedBlock, SharedInput
-from quantkit.pack.moments import SecondMoment
+from quantkit.pack.moments import SecondMoment, token_scales
 from quantkit.pack.plain import Group
 from quantkit.pack.rounding import round_for_inputs
 from quantkit.pack.rtn import global_divisor
@@ -227,6 +227,8 @@ class Sequential:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Mean outer products [in + k]^2 of each site's quantized inputs, branch columns last.
 
+        Every token counts about alike (`token_scales`).
+
         With an `exact` block also those of its inputs with the quantized ones; not of experts, to
         which the two models may send different tokens.
         """
@@ -250,6 +252,7 @@ class Sequential:
         }
         counts = dict.fromkeys(moments, 0)
         latest: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
 
         def watch(site: Site, x: Tensor) -> None:
             if site.key in formats:
@@ -257,7 +260,9 @@ class Sequential:
                 operand = self._operand(site, fmt, x, taken)
                 if self._keeping and site.expert is None:
                     self._operands.setdefault(site.key, {})[b] = operand
-                latest[site.key] = branch_last(operand, fmt, taken)
+                met = branch_last(operand, fmt, taken)
+                weights[site.key] = token_scales(met)
+                latest[site.key] = met * weights[site.key]
                 moments[site.key].add(latest[site.key])
                 counts[site.key] += len(x)
             if dense and site.key == dense[-1][0].key:
@@ -276,7 +281,7 @@ class Sequential:
                 fmt = replace(fmt, activations="none", branch=branch)
                 whole = self._operand(site, fmt, x, channels.get(site.key))
                 whole = branch_last(whole, fmt, channels.get(site.key))
-                crossed[site.key].add(latest[site.key], whole)
+                crossed[site.key].add(latest[site.key], whole * weights[site.key])
         self._replay(None)
         parts = self.ranks.all_gather(counts) if sites else []
         means: dict[str, Tensor] = {}

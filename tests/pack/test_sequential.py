@@ -13,6 +13,7 @@ from quantkit.checkpoint.step import Target
 from quantkit.errors import UsageError
 from quantkit.model.block import BlockRunner
 from quantkit.model.families import describe
+from quantkit.pack.gptq import compensate
 from quantkit.pack.job import PackOptions
 from quantkit.pack.pack import pack
 from quantkit.pack.sequential import Sequential
@@ -88,6 +89,23 @@ def test_less_error_than_nearest(name: str, group: int, calibrated: Path, tmp_pa
         return excess(calibrated, pack(calibrated, options, Target(tmp_path / rounding)).output)
 
     assert run("gptq") < run("rtn")
+
+
+@pytest.mark.parametrize("options", [RECIPES[0], RECIPES[3], RECIPES[-2]], ids=lambda o: o.scheme)
+def test_tokens_count_alike_in_what_weights_are_rounded_for(
+    options: PackOptions, calibrated: Path, tmp_path: Path
+) -> None:
+    energies: list[float] = []
+
+    def watched(w: torch.Tensor, hessian: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        energies.append(float(hessian.diagonal().mean()))
+        return compensate(w, hessian, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkit.pack.rounding.compensate", watched)
+        pack(calibrated, options, Target(tmp_path / "out"))
+    assert energies
+    assert all(1 <= energy < 4 for energy in energies)
 
 
 @pytest.mark.parametrize("options", [RECIPES[1], RECIPES[-3], RECIPES[-1]], ids=str)
