@@ -117,6 +117,15 @@ SCHEMES: dict[str, PackOptions] = {
         for group in (32, 64, 128)
         for rounding in ("rtn", "gptq")
     },
+    **{
+        f"{name}, rtn, head and embedding in {fmt}": replace(options, head=fmt, embedding=fmt)
+        for fmt in ("mxfp8", "mxfp4")
+        for name, options in (
+            ("mxfp4", PackOptions("mxfp4")),
+            ("w4a4, branch of 0.25 bits", recipe("w4a4", "rtn", 0.25)),
+            ("osc, 4-bit mlp_out, groups of 32", osc(32, "rtn", "mxfp4")),
+        )
+    },
 }
 
 
