@@ -118,7 +118,7 @@ def test_a_head_of_its_own_may_be_packed_alone(calibrated: Path, tmp_path: Path)
     assert result.outside == {"embedding": 16.0, "head": 4.25}
 
 
-def test_with_gptq_and_with_a_plan_of_sites(calibrated: Path, tmp_path: Path) -> None:
+def test_gptq_leaves_them_rounded_to_nearest(calibrated: Path, tmp_path: Path) -> None:
     options = PackOptions("mxfp4", rounding="gptq", head="mxfp8", embedding="mxfp8")
     nearest = pack(calibrated, BOTH, Target(tmp_path / "nearest"))
     packed = pack(calibrated, options, Target(tmp_path / "gptq"))
