@@ -20,8 +20,8 @@ from quantkit.formats.element import round_to_element_
 from quantkit.pack.grid import Grid
 
 BLOCK = 64  # columns between two updates of the rest of the matrix
-DAMPING = 0.01  # of the mean diagonal
-SHRINKING = 0.2  # of each column's own diagonal: less fits the calibration text, not the next one
+DAMPING = 0.1  # of the mean diagonal: less fits the calibration text more than the next one
+BRANCH_DAMPING = 0.01  # a branch has few columns, and text enough for them
 RIDGE = 1.0  # of the mean diagonal: less fits the calibration text more than the next one
 
 
@@ -32,21 +32,19 @@ def compensate(
     *,
     free: int = 0,
     damping: float = DAMPING,
-    shrinking: float = SHRINKING,
 ) -> tuple[Tensor, Tensor, Grid]:
     """Move rounding errors between the columns of `w` [out, in + free].
 
     `hessian` [in + free]^2 is the inputs' second moment; the last `free` columns belong to a
-    branch. `grid_of` fixes the scales of the first `in` columns. Their diagonal grows by
-    `shrinking`, which makes correlations smaller (many are the calibration text's alone), and all
-    of it by `damping` of its mean. Gives the compensated weight float32 [out, in], whose plain
-    rounding to the grid is GPTQ's result, the branch's columns [out, free], and the grid. Columns
-    that never saw an input keep their values.
+    branch. `grid_of` fixes the scales of the first `in` columns, whose diagonal grows by `damping`
+    of the mean. Gives the compensated weight float32 [out, in], whose plain rounding to the grid
+    is GPTQ's result, the branch's columns [out, free], and the grid. Columns that never saw an
+    input keep their values.
     Raises QuantkitError when the second moments are not finite.
     """
     width = w.shape[1] - free
     grid = grid_of(w[:, :width])
-    factor, order = _inverse_factor(hessian, width, damping, shrinking)
+    factor, order = _inverse_factor(hessian, width, damping)
     block_of = [column // grid.block for column in order.tolist()]
     steps = grid.step().t().contiguous()  # [blocks, out]
     columns = w.float().t()[order].contiguous()  # [in + free, out], in visiting order
@@ -81,9 +79,7 @@ def towards(w: Tensor, hessian: Tensor, cross: Tensor, ridge: float = RIDGE) -> 
     return w.float() + (w.double() @ change).float()
 
 
-def _inverse_factor(
-    hessian: Tensor, width: int, damping: float, shrinking: float
-) -> tuple[Tensor, Tensor]:
+def _inverse_factor(hessian: Tensor, width: int, damping: float) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse in visiting order, float32, and that order.
 
     Never fails on a singular matrix: a column without input is decoupled (unit diagonal), and the
@@ -104,8 +100,9 @@ def _inverse_factor(
     matrix = matrix.masked_fill(dead[:, None] | dead[None, :], 0.0)
     for attempt in range(12):
         damped = matrix.clone()
-        damped.diagonal()[:width].mul_(1 + shrinking)
-        damped.diagonal().add_(damping * 10.0**attempt * mean).add_(mean * dead)
+        damped.diagonal()[:width].add_(damping * 10.0**attempt * mean)
+        damped.diagonal()[width:].add_(BRANCH_DAMPING * 10.0**attempt * mean)
+        damped.diagonal().add_(mean * dead)
         lower, info = torch.linalg.cholesky_ex(damped[order][:, order])
         if int(info):
             continue
