@@ -336,7 +336,7 @@ def gemm(
         bricks=bricks,
         branch_bricks=0 if branch is None else weights.shape[1] - bricks,
         split=plan.split,
-        ahead=2 if OVERLAP else 0,
+        ahead=2,
         out_type=OUTPUT_TYPES.index(dtype),
     )
     library = jit.load(sm90_tiles.gemm_text(tile, form, branch), "sm90_gemm", ARCH)

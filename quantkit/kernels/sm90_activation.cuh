@@ -31,6 +31,7 @@ struct ActivationArguments {
   float epsilon;  // added to the mean square
 };
 
+constexpr int kFew = 128;  // tokens at which latency counts, not throughput
 constexpr int kUnit = 16;  // elements a thread takes at a time; two threads share a block of 32
 // Threads of a CTA at most: more units a thread need more registers.
 constexpr int most_threads(int units) { return units == 4 ? 256 : 512; }
@@ -208,6 +209,17 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
   int const threads = blockDim.x, ctas = gridDim.y, part = blockIdx.y, thread = threadIdx.x;
   int const token = blockIdx.x, lane = thread % 32, units = args.k / kUnit;
   auto unit_of = [&](int v) { return (v * ctas + part) * threads + thread; };
+  if (args.m <= kFew) {  // constants of the site, while the kernel before ends
+#pragma unroll
+    for (int v = 0; v < Units; ++v) {
+      int const at = unit_of(v) * kUnit;
+      if (at >= args.k) continue;
+      if (args.keep) prefetch(args.keep + at);
+      if constexpr (kNormed) prefetch(static_cast<Input const*>(args.gain) + at);
+    }
+    int const j = (part * threads + thread) * 8;
+    if (j < args.branch_columns) prefetch(args.outlier_index + j);
+  }
   cutlass::arch::wait_on_dependent_grids();
   size_t const stride = kGated ? 2 * args.k : args.k;
   Input const* const row = static_cast<Input const*>(args.x) + token * stride;
@@ -337,13 +349,13 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
 
 template <class Input>
 int launch_activation(ActivationArguments const& args, int overlap, cudaStream_t stream) {
-  // Few tokens: a cluster shares each, one unit a thread. Many: more units a thread, more loads in
-  // flight.
+  // Few tokens: a unit a thread; a second one takes less than finding the maximum in a cluster, but
+  // not a third. Many: more units a thread, more loads in flight.
   int const units = args.bricks * 8;
-  bool const few = args.m <= 128;
-  int const ctas = few ? min(ceil_div(units, 512), 8) : 1;
+  bool const few = args.m <= kFew;
+  int const ctas = few && units > 1024 ? min(ceil_div(units, 512), 8) : 1;
   int const each = ceil_div(units, ctas);
-  int per_thread = few || each <= 64 ? 1 : each <= 512 ? 2 : 4;
+  int per_thread = few || each <= 64 ? 1 : each <= 512 ? 2 : 4;  // at least
   while (ceil_div(each, per_thread) > most_threads(per_thread)) per_thread *= 2;
   int const threads = ceil_div(ceil_div(each, per_thread), 32) * 32;
   cudaLaunchAttribute attributes[2] = {};

@@ -88,7 +88,21 @@ CUTLASS_DEVICE uint32_t load_flag(uint32_t const* flag) {
   return v;
 }
 
+// *at += v, in L2; nothing waits for it. Sums of one thread are in its order.
+CUTLASS_DEVICE void reduce_add(float4* at, float4 v) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v.x),
+               "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
 // ---- 16- and 8-bit numbers
+
+// PRMT of a selector whose lower half has bits 0-2 of each nibble only (__byte_perm would mask it).
+CUTLASS_DEVICE uint32_t permute(uint32_t low, uint32_t high, uint32_t select) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(low), "r"(high), "r"(select));
+  return v;
+}
 
 // Two products of bfloat16; subnormals count.
 CUTLASS_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
@@ -123,6 +137,12 @@ CUTLASS_DEVICE uint64_t evict_last_policy() {
   return policy;
 }
 
+CUTLASS_DEVICE uint64_t evict_normal_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // cute::SM90_BULK_COPY_G2S with an L2 cache policy, to the same place in all CTAs of the cluster.
 template <int Cluster>
 CUTLASS_DEVICE void bulk_copy(uint32_t smem, void const* gmem, uint32_t bytes, FullBarrier& full,
@@ -141,6 +161,10 @@ CUTLASS_DEVICE void bulk_copy(uint32_t smem, void const* gmem, uint32_t bytes, F
         "l"(gmem), "r"(bytes), "r"(barrier), "h"(uint16_t((1 << Cluster) - 1)), "l"(policy)
         : "memory");
   }
+}
+
+CUTLASS_DEVICE void prefetch(void const* gmem) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem));
 }
 
 CUTLASS_DEVICE void copy_async_16(uint32_t smem, void const* gmem) {

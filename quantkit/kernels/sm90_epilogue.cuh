@@ -23,7 +23,8 @@ struct Arguments {
 
 template <int Tokens, int KGroups>
 struct TileEpilogue {
-  static constexpr int kStaged = Tokens <= 32 ? Tokens : Tokens / 2;  // tokens a pass
+  // Tokens a pass; prefill has better uses for shared memory.
+  static constexpr int kStaged = Tokens < 32 ? Tokens : 32;
   static constexpr int kPitch = 144;  // 64 rows of 16 bits, and 16 bytes against bank conflicts
   static constexpr int kPartsAt = (kStaged * kPitch + 127) / 128 * 128;
   static constexpr int kBytes = kPartsAt + (KGroups - 1) * Tokens * 256;
@@ -65,6 +66,14 @@ struct TileEpilogue {
     for (int j = 0; j < Tokens / 8; ++j) {
       __stcg(slot + j * 128,
              make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
+    }
+  }
+
+  CUTLASS_DEVICE static void add_to_partial(float4* slot, float const (&sum)[Tokens / 2]) {
+#pragma unroll
+    for (int j = 0; j < Tokens / 8; ++j) {
+      reduce_add(slot + j * 128,
+                 make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
     }
   }
 

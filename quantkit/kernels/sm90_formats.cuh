@@ -10,6 +10,11 @@
 
 namespace quantkit::sm90 {
 
+// Bytes and halves by dot products with one: they take the multipliers' pipe, and bit operations are
+// what decoding is short of.
+CUTLASS_DEVICE uint32_t byte_of(uint32_t word, int i) { return __dp4a(word, 1u << (8 * i), 0u); }
+CUTLASS_DEVICE uint32_t upper_half(uint32_t word) { return __dp2a_lo(word, 0x100u, 0u); }
+
 // Eight E2M1 codes of one row to two registers of E5M2: value = code * 2^(exponent - 8).
 //
 // E2M1 times 2^e is a normal E5M2 number for any e of 16 octaves, so a table of the eight
@@ -20,8 +25,8 @@ CUTLASS_DEVICE void fold_e2m1(uint32_t word, uint32_t exponent, uint32_t& first,
   uint32_t low = exponent * 0x04040400u + 0x1E1C1800u;   // 0, 0.5, 1, 1.5
   uint32_t high = exponent * 0x04040404u + 0x26242220u;  // 2, 3, 4, 6
   uint32_t select = word & 0x77777777u;
-  first = __byte_perm(low, high, select) | (word & 0x80808080u);
-  second = __byte_perm(low, high, select >> 16) | ((word << 4) & 0x80808080u);
+  first = permute(low, high, select) | (word & 0x80808080u);
+  second = permute(low, high, upper_half(select)) | ((word << 4) & 0x80808080u);
 }
 
 // MXFP4: 64 rows x 128 columns. [k-step pair][thread][16 B of codes], then [warp][g][4 B]: nibble
@@ -44,10 +49,8 @@ struct Mxfp4 {
       for (int j = 0; j < 2; ++j) {
         uint32_t (&step)[4] = a[2 * pair + j];
         uint32_t const exponents = j ? odd : even;
-        fold_e2m1(j ? codes.z : codes.x, __byte_perm(exponents, 0, 0x4440 + pair), step[0],
-                  step[2]);
-        fold_e2m1(j ? codes.w : codes.y, __byte_perm(exponents, 0, 0x4442 + pair), step[1],
-                  step[3]);
+        fold_e2m1(j ? codes.z : codes.x, byte_of(exponents, pair), step[0], step[2]);
+        fold_e2m1(j ? codes.w : codes.y, byte_of(exponents, pair + 2), step[1], step[3]);
       }
     }
   }
@@ -77,7 +80,7 @@ struct Fp4InBf16 {
       uint32_t const of_row_8 = __byte_perm(lower[s / 2], 0, which);
       uint32_t const select = words[s] & 0x77777777u;
       expand(words[s], select, 0, of_row, a[s][0], a[s][2]);
-      expand(words[s], select >> 16, 8, of_row_8, a[s][1], a[s][3]);
+      expand(words[s], upper_half(select), 8, of_row_8, a[s][1], a[s][3]);
     }
   }
 
@@ -85,8 +88,8 @@ struct Fp4InBf16 {
   // 0, 0.5, 1, 1.5, 2, 3, 4, 6 by their bfloat16 bytes; signs move left by `shift` and 4 more.
   CUTLASS_DEVICE static void expand(uint32_t word, uint32_t select, int shift, uint32_t scale,
                                     uint32_t& first, uint32_t& second) {
-    uint32_t const low = __byte_perm(0xC0800000u, 0xC0804000u, select);
-    uint32_t const high = __byte_perm(0x3F3F3F00u, 0x40404040u, select);
+    uint32_t const low = permute(0xC0800000u, 0xC0804000u, select);
+    uint32_t const high = permute(0x3F3F3F00u, 0x40404040u, select);
     uint32_t const one = __byte_perm(low, high, 0x5140), two = __byte_perm(low, high, 0x7362);
     first = multiply_bf16x2(one | ((word << shift) & 0x80008000u), scale);
     second = multiply_bf16x2(two | ((word << (shift + 4)) & 0x80008000u), scale);

@@ -28,6 +28,7 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
   uint32_t const scales = shared.base + T::kScalesAt + warpgroup * T::kTokens * 8;
   Scheduler<T> scheduler(args);
   int const start = scheduler.position;
+  if (T::kTurns && warpgroup == T::kWarpgroups - 1) consumer.pass_turn();  // the first turn
   Segment work;
   for (int count = 0; scheduler.next(args, work); ++count) {
     // Scales, long before the epilogue needs them.
@@ -95,6 +96,7 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
     barrier_sync(kWarpgroupBarrier + warpgroup,
                  128);  // the scales and the staging area are free again
   }
+  if (T::kTurns && warpgroup == 0) consumer.take_turn();  // which nobody needs any more
 }
 
 template <class T>
@@ -104,13 +106,17 @@ __global__ void __launch_bounds__(T::kThreads, 1) gemm(__grid_constant__ Argumen
   FullBarrier* const full = reinterpret_cast<FullBarrier*>(aligned + T::kBarriersAt);
   Shared<T> const shared{cute::cast_smem_ptr_to_uint(aligned), full,
                          reinterpret_cast<EmptyBarrier*>(full + T::kStages)};
-  if (threadIdx.x == 0) {
+  int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (threadIdx.x == T::kWarpgroups * 128) {  // the producer: the first weights come meanwhile
     for (int s = 0; s < T::kStages; ++s)
       shared.full[s].init(1), shared.empty[s].init(T::kWarpgroups * 4 * T::kCluster);
     cutlass::arch::fence_barrier_init();
+    cutlass::arch::fence_view_async_shared();
+    cutlass::arch::launch_dependent_grids();
+    produce<T>(args, shared, 0, 1);
   }
+  __syncwarp();
   T::sync();
-  int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (warp < T::kWarpgroups * 4) {
     cutlass::arch::warpgroup_reg_alloc<T::kConsumerRegisters>();
     cutlass::arch::wait_on_dependent_grids();
@@ -119,7 +125,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) gemm(__grid_constant__ Argumen
     cutlass::arch::warpgroup_reg_dealloc<T::kOtherRegisters>();
     int const role = warp - T::kWarpgroups * 4;
     if (role == 0) {
-      if (threadIdx.x % 32 == 0) produce<T>(args, shared);
+      if (threadIdx.x % 32 == 0) produce<T>(args, shared, 1, 2);
     } else if (!T::kPrefill && args.split && role < 3) {
       cutlass::arch::wait_on_dependent_grids();
       if (role == 1)

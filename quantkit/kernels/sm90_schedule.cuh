@@ -8,13 +8,14 @@
 namespace quantkit::sm90 {
 
 template <class Format_, class Branch_, int Tokens_, int RowGroups_, int KGroups_, int Bricks_,
-          int Stages_, int PromoteColumns_, int Cluster_>
+          int Stages_, int PromoteColumns_, int Cluster_, bool Turns_>
 struct Tile {
   using Format = Format_;
   using Branch = Branch_;
   static constexpr int kTokens = Tokens_, kRowGroups = RowGroups_, kKGroups = KGroups_;
   static constexpr int kBricks = Bricks_, kStages = Stages_;
   static constexpr int kPromoteColumns = PromoteColumns_, kCluster = Cluster_;
+  static constexpr bool kTurns = Turns_;
   static constexpr bool kPrefill = kTokens > 64;
   // Prefill with long running sums: they rest in the workspace, and the branch comes first.
   static constexpr bool kResting = kPrefill && kPromoteColumns > 512;
@@ -52,6 +53,7 @@ struct Tile {
 
 // Named barriers: 1.. one a warpgroup, 5.. the k groups of a row group have parts to add, 9.. those
 // parts are read, 13 the partial sum of a split tile is written, 14 the partners' sums are there.
+// Turns at the tensor cores have numbers of 5..12 that are free then.
 enum Barrier {
   kWarpgroupBarrier = 1,
   kPartsReady = 5,
@@ -59,6 +61,8 @@ enum Barrier {
   kPartial = 13,
   kPartners = 14
 };
+
+CUTLASS_DEVICE int turn_barrier(int warpgroup) { return 7 + warpgroup / 2 * 4 + warpgroup % 2; }
 
 struct Segment {
   int row_tile, token_tile, begin, end;  // steps [begin, end) of a tile
@@ -129,17 +133,19 @@ struct Shared {
 
 // ---- producer: one thread copies the bricks of each step; tokens first, stages in order
 
+// Passes [first_pass, passes): pass 0 fetches weights of the first stages, which no kernel writes,
+// so that under programmatic launch the previous kernel may still run; everything else waits.
 template <class T>
-CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared) {
-  uint64_t const stream = evict_first_policy(), keep = evict_last_policy();
-  cutlass::arch::launch_dependent_grids();
+CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared, int first_pass,
+                            int passes) {
+  // Weights pass once in decode; in prefill CTAs that have other tokens come for them soon after.
+  uint64_t const stream = T::kPrefill ? evict_normal_policy() : evict_first_policy();
+  uint64_t const keep = evict_last_policy();
   int const main = ceil_div(args.bricks, T::kStepBricks);
   int const main_at = T::kResting ? args.branch_bricks : 0, branch_at = T::kResting ? 0 : main;
   int const row_stride = args.bricks + args.branch_bricks;
-  // Under programmatic launch the previous kernel may still run: pass 0 fetches weights of the
-  // first stages, which no kernel writes; everything else waits.
   int const ahead = min(args.ahead, T::kStages);
-  for (int pass = ahead ? 0 : 1; pass < 2; ++pass) {
+  for (int pass = ahead ? first_pass : max(first_pass, 1); pass < passes; ++pass) {
     if (pass == 1) cutlass::arch::wait_on_dependent_grids();
     Scheduler<T> scheduler(args);
     Ring ring;

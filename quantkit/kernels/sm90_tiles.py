@@ -18,7 +18,8 @@ from quantkit.kernels.prepare import ROWS
 class Tile:
     """Parameters of `Tile` in `sm90_schedule.cuh`: tokens, 64-row groups, groups along K that add
     up at the end, bricks a group takes per pipeline stage, stages, the columns after which running
-    sums move to FP32, and CTAs that fetch tokens for one another."""
+    sums move to FP32, CTAs that fetch tokens for one another, and whether warpgroups take turns at
+    the tensor cores."""
 
     tokens: int
     row_groups: int
@@ -27,6 +28,7 @@ class Tile:
     stages: int
     promote: int = 512
     cluster: int = 1
+    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,26 @@ TILES = (
     Tile(256, 2, 1, 1, 4),
     Tile(256, 2, 1, 1, 4, 4096),
 )
-# Tiles that no plan takes: right on an H200, but not faster there than those above. Tokens come by
-# multicast.
+# Tiles that no plan takes yet: their results were checked by emulation, not on a GPU. Warpgroups
+# take turns; prefill has a stage more, and its sums stay in the tensor cores' registers for 2048
+# columns and more; one 64-row block a warpgroup, so that 24576 outputs are one round of 128 CTAs.
 CANDIDATES = (
-    Tile(16, 1, 4, 1, 8, 512, 2),
-    Tile(32, 1, 4, 1, 5, 512, 2),
-    Tile(64, 1, 4, 1, 3, 2048, 2),
-    Tile(64, 2, 2, 1, 5, 2048, 2),
-    Tile(256, 2, 1, 1, 4, 4096, 2),
+    Tile(8, 1, 4, 2, 4, 512, 1, 1),
+    Tile(8, 3, 1, 2, 6, 2048),
+    Tile(16, 1, 4, 1, 8, 512, 1, 1),
+    Tile(16, 3, 1, 2, 6, 2048),
+    Tile(16, 3, 1, 2, 6, 2048, 1, 1),
+    Tile(32, 1, 4, 1, 5, 512, 1, 1),
+    Tile(32, 3, 1, 2, 6, 2048, 1, 1),
+    Tile(64, 1, 4, 1, 3, 2048, 1, 1),
+    Tile(64, 2, 2, 1, 5, 2048, 1, 1),
+    Tile(64, 3, 1, 2, 5, 2048),
+    Tile(64, 3, 1, 2, 5, 2048, 1, 1),
+    Tile(64, 3, 1, 2, 5, 2048, 2, 1),
+    Tile(256, 2, 1, 1, 5, 2048),
+    Tile(256, 2, 1, 1, 5, 2048, 1, 1),
+    Tile(256, 2, 1, 1, 5, 2048, 2, 1),
+    Tile(256, 2, 1, 1, 5, 4096, 1, 1),
 )
 PREFILL = 192  # more tokens than this take the 256-token tile
 
@@ -144,7 +158,7 @@ def _tile(
 
 def careful(tile: Tile) -> Tile:
     """The tile for FP32 results: running sums move to FP32 more often than 16 bits need."""
-    return replace(tile, promote=512, cluster=1) if tile.promote > 512 else tile
+    return replace(tile, promote=512, cluster=1, turns=0) if tile.promote > 512 else tile
 
 
 def gemm_text(tile: Tile, weights: str, branch: str | None) -> str:

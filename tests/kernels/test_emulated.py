@@ -114,11 +114,14 @@ def test_the_gemm_is_exact_up_to_its_sum(
 @pytest.mark.parametrize(
     ("width", "outputs", "branch", "tokens", "chosen"),
     [
-        (1024, (256, 60), "bf16", 13, (16, 1, 2)),  # five row tiles in clusters of two
-        (2048, (704,), "fp8", 16, (16, 1, 2)),  # split tiles
-        (1024, (320,), None, 40, (64, 1, 2)),
-        (1152, (320,), "bf16", 40, (64, 2, 2)),
-        (2496, (320,), "fp8", 270, (256, 2, 2)),  # sums rest in the workspace
+        (2048, (704,), "fp8", 5, (8, 3, 1, 0)),  # split tiles
+        (1024, (256, 60), "bf16", 13, (16, 1, 1, 1)),
+        (1664, (704,), "fp8", 16, (16, 3, 1, 1)),
+        (1024, (320,), None, 40, (64, 1, 1, 1)),  # warpgroups that share rows take turns
+        (1152, (320,), "bf16", 40, (64, 2, 1, 1)),
+        (2048, (704,), None, 48, (64, 3, 2, 1)),  # in clusters of two
+        (2496, (320,), "fp8", 270, (256, 2, 2, 1)),  # sums rest in the workspace
+        (1472, (192,), "bf16", 300, (256, 2, 1, 1)),
     ],
 )
 def test_candidates_are_exact_up_to_their_sum(
@@ -128,10 +131,10 @@ def test_candidates_are_exact_up_to_their_sum(
     outputs: tuple[int, ...],
     branch: str | None,
     tokens: int,
-    chosen: tuple[int, int, int],
+    chosen: tuple[int, int, int, int],
 ) -> None:
     run_on(emulator, monkeypatch)
-    tiles = {(t.tokens, t.row_groups, t.cluster): t for t in sm90_tiles.CANDIDATES}
+    tiles = {(t.tokens, t.row_groups, t.cluster, t.turns): t for t in sm90_tiles.CANDIDATES}
     check_tile(tiles[chosen], width, outputs, branch, tokens, monkeypatch)
 
 
@@ -304,10 +307,10 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
     )
     monkeypatch.setattr(gemm.bench, "COLD_BYTES", 0)
     monkeypatch.setattr(gemm, "compiled", lambda function: function)
-    tiles = [next(t for t in sm90_tiles.CANDIDATES if t.tokens == size) for size in (16, 256)]
+    tiles = [next(t for t in sm90_tiles.CANDIDATES if t.tokens == size) for size in (8, 256)]
     monkeypatch.setattr(sm90_tiles, "CANDIDATES", tiles)
     options = argparse.Namespace(
-        shapes=[(192, 512)], tokens=(13, 200), peers=["bf16"], candidates=True
+        shapes=[(192, 512)], tokens=(3, 200), peers=["bf16"], candidates=True
     )
     launches = []
 
@@ -321,14 +324,14 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
     with torch.inference_mode():
         found["cells"] = list(gemm.cells(options, torch.device("cpu"), timer, 1e12))
     assert [(c["tokens"], c["branch"]) for c in found["cells"]] == [
-        (13, None), (200, None), (13, "bf16"), (200, "bf16"), (13, "fp8"),
+        (3, None), (200, None), (3, "bf16"), (200, "bf16"), (3, "fp8"),
     ]  # fmt: skip
     assert all(cell["error"] < 2.5e-3 and cell["repeats"] for cell in found["cells"])
     assert sm90.OVERLAP
     assert False in launches
     lines = gemm.as_table(found, gemm.markdown).splitlines()
     assert len(lines) == 2 + 5
-    assert lines[2].startswith("| 192, 512 | 13 | none | - | 2.0 | 2.0 |")
+    assert lines[2].startswith("| 192, 512 | 3 | none | - | 2.0 | 2.0 |")
     tried = gemm.tried(found)
     assert len(tried) == 5
     differences = [us["difference"] for c in found["cells"] for us in c["candidates"].values()]
