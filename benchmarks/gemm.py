@@ -144,7 +144,9 @@ def candidates(
     products = [partial(module.multiply, *operands) for module in modules]
     expected = products[0]()
     for tile in sm90_tiles.CANDIDATES:
-        if tile.tokens != sm90_tiles.token_tile(len(x)):
+        module, sms = modules[0], sm90._multiprocessors(x.device.index)
+        suits = sm90_tiles.suits(tile, module.outputs, module.width, len(x), sms)
+        if tile.tokens != sm90_tiles.token_tile(len(x)) or not suits:
             continue
         with sm90_tiles.trying(tile):
             try:

@@ -64,6 +64,16 @@ CUTLASS_DEVICE int load_cluster_32(uint32_t address) {
   return v;
 }
 
+// 16 bytes to another CTA of the cluster, whose barrier counts them: both addresses are
+// cute::set_block_rank's. No fence, and nothing waits for it here.
+CUTLASS_DEVICE void send_128(uint32_t address, uint32_t barrier, float a, float b, float c,
+                             float d) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+      ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d), "r"(barrier)
+      : "memory");
+}
+
 // Two 8x8 matrices of 16 bits, transposed on their way to shared memory.
 CUTLASS_DEVICE void store_matrices(uint32_t address, uint32_t first, uint32_t second) {
   asm volatile("stmatrix.sync.aligned.x2.trans.m8n8.shared.b16 [%0], {%1, %2};" ::"r"(address),

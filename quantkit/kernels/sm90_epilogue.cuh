@@ -27,11 +27,12 @@ struct TileEpilogue {
   static constexpr int kStaged = Tokens < 32 ? Tokens : 32;
   static constexpr int kPitch = 144;  // 64 rows of 16 bits, and 16 bytes against bank conflicts
   static constexpr int kPartsAt = (kStaged * kPitch + 127) / 128 * 128;
-  static constexpr int kBytes = kPartsAt + (KGroups - 1) * Tokens * 256;
+  static constexpr int kSumBytes = Tokens * 256;  // of 64 rows
+  static constexpr int kBytes = kPartsAt + (KGroups - 1) * kSumBytes;
 
   static_assert(Tokens % 8 == 0);
 
-  // ---- sums in shared memory and in the workspace: fragment order, 16 bytes a thread at a time
+  // ---- sums in shared memory: fragment order, 16 bytes a thread at a time
 
   CUTLASS_DEVICE static void write_part(uint32_t area, int part, float const (&sum)[Tokens / 2],
                                         int thread) {
@@ -42,18 +43,33 @@ struct TileEpilogue {
     }
   }
 
+  CUTLASS_DEVICE static void add_part(uint32_t part, float (&sum)[Tokens / 2], int thread) {
+#pragma unroll
+    for (int j = 0; j < Tokens / 8; ++j) {
+      uint4 const v = load_shared_128(part + (j * 128 + thread) * 16);
+      sum[4 * j] += __uint_as_float(v.x), sum[4 * j + 1] += __uint_as_float(v.y);
+      sum[4 * j + 2] += __uint_as_float(v.z), sum[4 * j + 3] += __uint_as_float(v.w);
+    }
+  }
+
   CUTLASS_DEVICE static void add_parts(uint32_t area, float (&sum)[Tokens / 2], int thread) {
 #pragma unroll
     for (int part = 0; part < KGroups - 1; ++part) {
-#pragma unroll
-      for (int j = 0; j < Tokens / 8; ++j) {
-        uint4 const v =
-            load_shared_128(area + kPartsAt + ((part * (Tokens / 8) + j) * 128 + thread) * 16);
-        sum[4 * j] += __uint_as_float(v.x), sum[4 * j + 1] += __uint_as_float(v.y);
-        sum[4 * j + 2] += __uint_as_float(v.z), sum[4 * j + 3] += __uint_as_float(v.w);
-      }
+      add_part(area + kPartsAt + part * kSumBytes, sum, thread);
     }
   }
+
+  // To another CTA of the cluster; `part` and `barrier` are cute::set_block_rank's.
+  CUTLASS_DEVICE static void send(uint32_t part, uint32_t barrier, float const (&sum)[Tokens / 2],
+                                  int thread) {
+#pragma unroll
+    for (int j = 0; j < Tokens / 8; ++j) {
+      send_128(part + (j * 128 + thread) * 16, barrier, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2],
+               sum[4 * j + 3]);
+    }
+  }
+
+  // ---- sums in the workspace
 
   CUTLASS_DEVICE static float4* partial(Arguments const& args, int cta, int row_groups,
                                         int row_group, int thread) {

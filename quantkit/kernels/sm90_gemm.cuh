@@ -9,7 +9,8 @@
 //
 // Work is a list of (tile, step). Split schedule (stream-K): CTA c takes the c-th part of the list;
 // the CTA that starts a tile finishes it, adding the partial sums of the CTAs after it in order, so
-// results are the same on every run. Otherwise whole tiles, one after another.
+// results are the same on every run. Otherwise whole tiles, one after another; or a tile a cluster,
+// whose CTAs (Parts) take a part of its steps each and send one another the sums of row groups.
 #pragma once
 
 #include "sm90_mainloop.cuh"
@@ -41,7 +42,7 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
     }
 #pragma unroll
     for (int i = 0; i < T::kTokens / 2; ++i) sum[i] = 0.f;
-    bool partners = !T::kPrefill && work.begin == 0 && work.end < scheduler.steps && k_group == 0;
+    bool partners = !T::kPrefill && T::kParts == 1 && work.begin == 0 && work.end < scheduler.steps && k_group == 0;
     if (partners && scheduler.end - start >= scheduler.steps + 3) {
       // The one partial sum that this tile needs was written long ago: start from it.
       barrier_sync(kPartners, kRowThreads);
@@ -70,7 +71,23 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
       if (scheduler.position < scheduler.end)
         barrier_arrive(kPartsRead + row_group, kKGroups * 128);
     }
-    if constexpr (!T::kPrefill) {
+    if constexpr (T::kParts > 1) {
+      int const finisher = row_group % T::kParts, part = scheduler.part();
+      int const slot = row_group / T::kParts;
+      uint32_t const received = shared.base + T::kReceivedAt + slot * T::kReceivedBytes;
+      FullBarrier& barrier = shared.received[slot];
+      if (part != finisher) {
+        uint32_t const at = received + (part - (part > finisher)) * Epilogue::kSumBytes;
+        Epilogue::send(cute::set_block_rank(at, finisher),
+                       cute::set_block_rank(cute::cast_smem_ptr_to_uint(&barrier), finisher), sum,
+                       thread);
+        continue;
+      }
+      barrier.wait(0);  // and with it for all that others write here: this CTA may end then
+#pragma unroll
+      for (int i = 0; i < T::kParts - 1; ++i)
+        Epilogue::add_part(received + i * Epilogue::kSumBytes, sum, thread);
+    } else if constexpr (!T::kPrefill) {
       if (work.begin > 0) {
         Epilogue::write_partial(
             Epilogue::partial(args, blockIdx.x, T::kRowGroups, row_group, thread), sum);
@@ -105,15 +122,23 @@ __global__ void __launch_bounds__(T::kThreads, 1) gemm(__grid_constant__ Argumen
   uint8_t* const aligned = raw + (-cute::cast_smem_ptr_to_uint(raw) & 1023);
   FullBarrier* const full = reinterpret_cast<FullBarrier*>(aligned + T::kBarriersAt);
   Shared<T> const shared{cute::cast_smem_ptr_to_uint(aligned), full,
-                         reinterpret_cast<EmptyBarrier*>(full + T::kStages)};
+                         reinterpret_cast<EmptyBarrier*>(full + T::kStages),
+                         full + 2 * T::kStages};
   int const warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == T::kWarpgroups * 128) {  // the producer: the first weights come meanwhile
     for (int s = 0; s < T::kStages; ++s)
       shared.full[s].init(1), shared.empty[s].init(T::kWarpgroups * 4 * T::kCluster);
+    if constexpr (T::kParts > 1) {
+      for (int i = 0; i < T::kFinished; ++i) shared.received[i].init(1);
+    }
     cutlass::arch::fence_barrier_init();
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::launch_dependent_grids();
     produce<T>(args, shared, 0, 1);
+    if constexpr (T::kParts > 1) {
+      for (int i = 0; i < T::kFinished; ++i)
+        shared.received[i].arrive_and_expect_tx(T::kReceivedBytes);
+    }
   }
   __syncwarp();
   T::sync();
@@ -126,7 +151,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) gemm(__grid_constant__ Argumen
     int const role = warp - T::kWarpgroups * 4;
     if (role == 0) {
       if (threadIdx.x % 32 == 0) produce<T>(args, shared, 1, 2);
-    } else if (!T::kPrefill && args.split && role < 3) {
+    } else if (!T::kPrefill && T::kParts == 1 && args.split && role < 3) {
       cutlass::arch::wait_on_dependent_grids();
       if (role == 1)
         publish_partial<T>(args);
@@ -147,15 +172,17 @@ int launch(Arguments const& args, int grid, int overlap, cudaStream_t stream) {
     if (error == cudaSuccess) ready |= uint64_t(1) << device;
   }
   if (error != cudaSuccess) return error;
+  if (T::kParts > 1 && (args.split || grid != args.row_tiles * args.token_tiles * T::kParts))
+    return cudaErrorInvalidValue;  // a cluster takes one tile
   cudaLaunchAttribute attributes[2] = {};
   int count = 0;
   if (overlap) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (T::kCluster > 1) {
+  if (T::kCtas > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {T::kCluster, 1, 1};
+    attributes[count++].val.clusterDim = {T::kCtas, 1, 1};
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = T::kThreads, config.dynamicSmemBytes = T::kSharedBytes;

@@ -8,7 +8,7 @@
 namespace quantkit::sm90 {
 
 template <class Format_, class Branch_, int Tokens_, int RowGroups_, int KGroups_, int Bricks_,
-          int Stages_, int PromoteColumns_, int Cluster_, bool Turns_>
+          int Stages_, int PromoteColumns_, int Cluster_, bool Turns_, int Parts_>
 struct Tile {
   using Format = Format_;
   using Branch = Branch_;
@@ -16,6 +16,10 @@ struct Tile {
   static constexpr int kBricks = Bricks_, kStages = Stages_;
   static constexpr int kPromoteColumns = PromoteColumns_, kCluster = Cluster_;
   static constexpr bool kTurns = Turns_;
+  // CTAs that share a tile: each takes a part of the steps, finishes some of the row groups, and
+  // sends the sums of the others to the CTAs that do.
+  static constexpr int kParts = Parts_, kFinished = ceil_div(kRowGroups, kParts);
+  static constexpr int kCtas = kCluster * kParts;  // of a cluster
   static constexpr bool kPrefill = kTokens > 64;
   // Prefill with long running sums: they rest in the workspace, and the branch comes first.
   static constexpr bool kResting = kPrefill && kPromoteColumns > 512;
@@ -34,17 +38,22 @@ struct Tile {
   static constexpr int kStageBytes =
       (kWeightsAt + kRowGroups * kStepBricks * Format::kBytes + 1023) / 1024 * 1024;
 
-  // After the stages: one epilogue area a row group, one set of token scales a warpgroup, barriers.
+  // After the stages: one epilogue area a row group, one set of token scales a warpgroup, sums that
+  // other CTAs send, barriers.
   using Epilogue = TileEpilogue<kTokens, kKGroups>;
   static constexpr int kEpilogueAt = kStages * kStageBytes;
   static constexpr int kScalesAt = kEpilogueAt + kRowGroups * Epilogue::kBytes;
-  static constexpr int kBarriersAt = kScalesAt + kWarpgroups * kTokens * 8;
-  static constexpr int kSharedBytes = kBarriersAt + kStages * 16 + 1024;  // 1024: alignment
+  static constexpr int kReceivedAt = kScalesAt + kWarpgroups * kTokens * 8;
+  static constexpr int kReceivedBytes = (kParts - 1) * Epilogue::kSumBytes;  // for a row group
+  static constexpr int kBarriersAt = kReceivedAt + kFinished * kReceivedBytes;
+  static constexpr int kBarriers = 2 * kStages + (kParts > 1 ? kFinished : 0);
+  static constexpr int kSharedBytes = kBarriersAt + kBarriers * 8 + 1024;  // 1024: alignment
+  static_assert(kParts == 1 || (kCluster == 1 && !kPrefill));
   static_assert(kSharedBytes <= 232448, "stages do not fit in shared memory");
 
   // All threads that may touch the barriers of this CTA: those of its cluster.
   CUTLASS_DEVICE static void sync() {
-    if constexpr (kCluster > 1)
+    if constexpr (kCtas > 1)
       cute::cluster_arrive_relaxed(), cute::cluster_wait();
     else
       __syncthreads();
@@ -69,7 +78,8 @@ struct Segment {
 };
 
 // CTAs of a cluster work in step on row tiles that follow one another, with the same tokens: each
-// fetches a part of those for all. What is handed out is the row tiles of a cluster.
+// fetches a part of those for all. What is handed out is the row tiles of a cluster. Where CTAs share
+// tiles instead (kParts), a cluster has one tile and then ends.
 template <class T>
 struct Scheduler {
   int steps, position, end, clusters, tiles;
@@ -78,7 +88,7 @@ struct Scheduler {
   CUTLASS_DEVICE Scheduler(Arguments const& args) {
     int const main = ceil_div(args.bricks, T::kStepBricks);
     steps = main + ceil_div(args.branch_bricks, T::kStepBricks);
-    clusters = gridDim.x / T::kCluster, split = args.split;
+    clusters = gridDim.x / T::kCtas, split = T::kParts == 1 && args.split;
     tiles = row_tiles(args) * args.token_tiles;
     position = split ? start_of(cluster()) : cluster();
     end = split ? start_of(cluster() + 1) : tiles;
@@ -87,15 +97,17 @@ struct Scheduler {
   CUTLASS_DEVICE static int row_tiles(Arguments const& args) {
     return ceil_div(args.row_tiles, T::kCluster);
   }
-  CUTLASS_DEVICE static int cluster() { return blockIdx.x / T::kCluster; }
+  CUTLASS_DEVICE static int cluster() { return blockIdx.x / T::kCtas; }
   CUTLASS_DEVICE static int rank() { return blockIdx.x % T::kCluster; }
+  CUTLASS_DEVICE static int part() { return blockIdx.x % T::kParts; }
   CUTLASS_DEVICE static int cta_of(int cluster) { return cluster * T::kCluster + rank(); }
   CUTLASS_DEVICE int start_of(int cluster) const { return tiles * steps * cluster / clusters; }
 
   CUTLASS_DEVICE bool next(Arguments const& args, Segment& segment) {
     if (position >= end) return false;
     int tile = position;
-    segment.begin = 0, segment.end = steps;
+    segment.begin = steps * part() / T::kParts;
+    segment.end = steps * (part() + 1) / T::kParts;
     if (split) {
       tile = position / steps;
       segment.begin = position - tile * steps;
@@ -128,6 +140,7 @@ struct Shared {
   uint32_t base;
   FullBarrier* full;
   EmptyBarrier* empty;
+  FullBarrier* received;  // one a row group that this CTA finishes
   CUTLASS_DEVICE uint32_t stage(int s) const { return base + s * T::kStageBytes; }
 };
 

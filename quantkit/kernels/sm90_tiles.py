@@ -18,8 +18,8 @@ from quantkit.kernels.prepare import ROWS
 class Tile:
     """Parameters of `Tile` in `sm90_schedule.cuh`: tokens, 64-row groups, groups along K that add
     up at the end, bricks a group takes per pipeline stage, stages, the columns after which running
-    sums move to FP32, CTAs that fetch tokens for one another, and whether warpgroups take turns at
-    the tensor cores."""
+    sums move to FP32, CTAs that fetch tokens for one another, whether warpgroups take turns at the
+    tensor cores, and CTAs of a cluster that share a tile, each with a part of K."""
 
     tokens: int
     row_groups: int
@@ -29,6 +29,7 @@ class Tile:
     promote: int = 512
     cluster: int = 1
     turns: int = 0
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ TILES = (
 # Tiles that no plan takes yet: their results were checked by emulation, not on a GPU. Warpgroups
 # take turns; prefill has a stage more, and its sums stay in the tensor cores' registers for 2048
 # columns and more; one 64-row block a warpgroup, so that 24576 outputs are one round of 128 CTAs.
+# In parts: no workspace and no flags where K is split, and tokens read once for more rows.
 CANDIDATES = (
     Tile(8, 1, 4, 2, 4, 512, 1, 1),
     Tile(8, 3, 1, 2, 6, 2048),
@@ -75,6 +77,19 @@ CANDIDATES = (
     Tile(256, 2, 1, 1, 5, 2048, 1, 1),
     Tile(256, 2, 1, 1, 5, 2048, 2, 1),
     Tile(256, 2, 1, 1, 5, 4096, 1, 1),
+    Tile(8, 1, 4, 2, 5, promote=2048, parts=2),
+    Tile(8, 2, 2, 2, 4, promote=2048, parts=2),
+    Tile(16, 1, 4, 1, 8, promote=2048, parts=2),
+    Tile(16, 2, 2, 1, 8, promote=2048, parts=2),
+    Tile(16, 4, 1, 1, 8, promote=2048, parts=4),
+    Tile(32, 1, 4, 1, 5, promote=2048, parts=2),
+    Tile(32, 2, 2, 1, 7, promote=2048, parts=2),
+    Tile(32, 4, 1, 1, 8, promote=2048, parts=4),
+    Tile(64, 2, 2, 1, 5, promote=2048, parts=2),
+    Tile(64, 2, 2, 1, 4, promote=2048, parts=3),
+    Tile(64, 3, 1, 1, 8, promote=2048, parts=3),
+    Tile(64, 4, 1, 1, 6, promote=2048, parts=4),
+    Tile(64, 3, 1, 1, 6, promote=2048, parts=5),
 )
 PREFILL = 192  # more tokens than this take the 256-token tile
 
@@ -124,12 +139,25 @@ def plan_of(tile: Tile, outputs: int, width: int, tokens: int, sms: int = 132) -
     slots = sms // tile.cluster  # clusters at a time
     tiles = -(-outputs // (ROWS * tile.row_groups * tile.cluster)) * -(-tokens // tile.tokens)
     rounds = -(-tiles // slots)
+    if tile.parts > 1:
+        return Plan(tile, tiles * tile.parts, False)  # a cluster a tile
     if tile.tokens == 256:
         return Plan(tile, min(slots, tiles) * tile.cluster, False)
     if tiles / (rounds * slots) >= (0.7 if rounds == 1 else 0.9):
         return Plan(tile, -(-tiles // rounds) * tile.cluster, False)
     steps = tiles * -(-width // (128 * tile.k_groups * tile.bricks))
     return Plan(tile, min((sms - sms % 8) // tile.cluster, steps) * tile.cluster, True)
+
+
+def suits(tile: Tile, outputs: int, width: int, tokens: int, sms: int = 132) -> bool:
+    """Whether a tile of several parts has one round of clusters that keeps most SMs busy."""
+    if tile.parts == 1:
+        return True
+    ctas = plan_of(tile, outputs, width, tokens, sms).ctas
+    # SMs come in groups of fewer than 18, and a cluster of three or more does not fill each.
+    resident = sms // tile.parts * (10 if tile.parts > 2 else 11) // 11
+    steps = -(-width // (128 * tile.k_groups * tile.bricks))
+    return 0.7 * sms <= ctas <= resident * tile.parts and steps >= 2 * tile.parts
 
 
 _trial: list[Tile] = []

@@ -29,7 +29,10 @@ namespace SM90::GMMA { enum class ScaleOut { Zero = 0, One = 1 }; }
 inline uint32_t cast_smem_ptr_to_uint(void const* at) {
   return uint32_t(static_cast<uint8_t const*>(at) - emulated::self->cta->shared);
 }
-inline uint32_t set_block_rank(uint32_t address, uint32_t) { return address; }
+inline uint32_t set_block_rank(uint32_t address, uint32_t rank) {
+  EMULATED_REQUIRE(rank < emulated::self->cta->cluster->ctas.size());
+  return address | rank << emulated::kRankBit;
+}
 inline void cluster_arrive_relaxed() {
   emulated::Cluster& cluster = *emulated::self->cta->cluster;
   emulated::self->cluster_turn = cluster.barrier.turn;
@@ -71,6 +74,13 @@ inline int load_cluster_32(uint32_t) {
 inline void store_shared_128(uint32_t address, float a, float b, float c, float d) {
   float4 const v{a, b, c, d};
   std::memcpy(shared_at(address, sizeof v), &v, sizeof v);
+}
+inline void send_128(uint32_t address, uint32_t barrier, float a, float b, float c, float d) {
+  EMULATED_REQUIRE(address >> emulated::kRankBit == barrier >> emulated::kRankBit);
+  EMULATED_REQUIRE(address % 16 == 0 && barrier % 8 == 0);
+  emulated::Cta* const to = emulated::self->cta->cluster->ctas[address >> emulated::kRankBit];
+  uint32_t const within = (1u << emulated::kRankBit) - 1;
+  emulated::sent.push_back({to, address & within, barrier & within, {a, b, c, d}});
 }
 inline void store_matrices(uint32_t address, uint32_t first, uint32_t second) {
   emulated::Warp& warp = *emulated::self->warp;

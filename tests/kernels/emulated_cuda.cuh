@@ -102,7 +102,8 @@ inline void __threadfence() {}
 
 namespace emulated {
 
-constexpr int kSharedSize = 1 << 18, kSharedOffset = 272;  // the kernel aligns what it gets
+constexpr int kRankBit = 18;  // of addresses in a cluster
+constexpr int kSharedSize = 1 << kRankBit, kSharedOffset = 272;  // the kernel aligns what it gets
 constexpr size_t kStack = 96 << 10;
 
 struct Named { int arrived = 0; unsigned turn = 0; };
@@ -115,7 +116,7 @@ struct Warp {
 struct Cta {
   dim3 index;
   Cluster* cluster = nullptr;
-  int rank = 0, threads = 0;
+  int rank = 0, threads = 0, running = 0;
   Named barriers[16];
   std::vector<Warp> warps;
   alignas(1024) uint8_t shared[kSharedSize];
@@ -152,11 +153,18 @@ struct BulkCopy {
   int cluster;
 };
 
+struct Sent {
+  Cta* to;
+  uint32_t smem, barrier;
+  float v[4];
+};
+
 inline Fiber* self = nullptr;
 inline jmp_buf scheduler;
 inline bool moved = false;
 inline std::function<void()> body;
 inline std::vector<BulkCopy> copies;
+inline std::vector<Sent> sent;
 
 inline char const* failed = nullptr;  // ends the launch
 inline void require(bool condition, char const* text) {

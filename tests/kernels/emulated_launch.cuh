@@ -58,6 +58,26 @@ inline void perform(BulkCopy const& copy) {
   moved = true;
 }
 
+inline void perform(Sent const& sent) {
+  EMULATED_REQUIRE(sent.to->running > 0);  // or its shared memory is another's by now
+  std::memcpy(sent.to->shared + sent.smem, sent.v, sizeof sent.v);
+  using Barrier = quantkit::sm90::ClusterTransactionBarrier;
+  reinterpret_cast<Barrier*>(sent.to->shared + sent.barrier)->complete(sizeof sent.v);
+  moved = true;
+}
+// Some of what is under way arrives.
+template <class Transfer, class Random>
+void progress(std::vector<Transfer>& transfers, Random& random) {
+  std::vector<Transfer> later;
+  for (Transfer const& transfer : transfers) {
+    if (random() % 4)
+      later.push_back(transfer);
+    else
+      perform(transfer);
+  }
+  transfers = later;
+}
+
 // CTAs [first, first + count) of a grid that has one dimension, at the same time.
 inline cudaError_t run_ctas(cudaLaunchConfig_t const& config, unsigned first, unsigned count,
                             unsigned cluster) {
@@ -70,7 +90,7 @@ inline cudaError_t run_ctas(cudaLaunchConfig_t const& config, unsigned first, un
     ctas.push_back(std::make_unique<Cta>());
     Cta& cta = *ctas.back();
     if (c % cluster == 0) clusters.push_back(std::make_unique<Cluster>());
-    cta.index = dim3(first + c, 0, 0), cta.rank = int(c % cluster), cta.threads = threads;
+    cta.index = dim3(first + c, 0, 0), cta.rank = int(c % cluster), cta.threads = cta.running = threads;
     cta.cluster = clusters.back().get(), cta.cluster->ctas.push_back(&cta);
     cta.warps.resize(threads / 32);
     std::memset(cta.shared, 0xFF, sizeof cta.shared);
@@ -92,19 +112,11 @@ inline cudaError_t run_ctas(cudaLaunchConfig_t const& config, unsigned first, un
       Fiber& fiber = *fibers[(i + turn) % fibers.size()];
       if (fiber.done || failed) continue;
       resume(fiber);
-      live -= fiber.done;
+      live -= fiber.done, fiber.cta->running -= fiber.done;
     }
     self = nullptr;
-    for (size_t i = 0; i < copies.size();) {
-      if (random() % 4) {
-        ++i;
-        continue;
-      }
-      BulkCopy const copy = copies[i];
-      copies.erase(copies.begin() + long(i));
-      perform(copy);
-    }
-    if (!moved && copies.empty()) {
+    progress(copies, random), progress(sent, random);
+    if (!moved && copies.empty() && sent.empty()) {
       for (auto const& fiber : fibers) {
         if (!fiber->done && fiber->lane == 0) {
           std::fprintf(stderr, "emulator: deadlock, CTA %u thread %u waits for %s\n",
@@ -114,10 +126,10 @@ inline cudaError_t run_ctas(cudaLaunchConfig_t const& config, unsigned first, un
       return cudaErrorLaunchTimeout;
     }
   }
-  EMULATED_REQUIRE(copies.empty());
+  EMULATED_REQUIRE(copies.empty() && sent.empty());
   if (!failed) return cudaSuccess;
   std::fprintf(stderr, "emulator: not so: %s\n", failed);
-  failed = nullptr, copies.clear();
+  failed = nullptr, copies.clear(), sent.clear();
   return cudaErrorAssert;
 }
 

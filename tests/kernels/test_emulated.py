@@ -138,6 +138,31 @@ def test_candidates_are_exact_up_to_their_sum(
     check_tile(tiles[chosen], width, outputs, branch, tokens, monkeypatch)
 
 
+IN_PARTS = [tile for tile in sm90_tiles.CANDIDATES if tile.parts > 1]
+
+
+@pytest.mark.parametrize("tile", IN_PARTS, ids=lambda t: f"{t.tokens}-{t.row_groups}-{t.parts}")
+@pytest.mark.parametrize(
+    ("width", "outputs", "branch", "ragged"),
+    [
+        (4224, (192, 64), None, 5),
+        (576, (60,), "bf16", 1),  # parts without a step, a branch in the last
+        (1664, (320,), "fp8", 0),
+    ],
+)
+def test_parts_of_a_cluster_are_exact_up_to_their_sum(
+    emulator,
+    monkeypatch,
+    tile: sm90_tiles.Tile,
+    width: int,
+    outputs: tuple[int, ...],
+    branch: str | None,
+    ragged: int,
+) -> None:
+    run_on(emulator, monkeypatch)
+    check_tile(tile, width, outputs, branch, tile.tokens - ragged, monkeypatch)
+
+
 def test_clusters_and_resting_sums_that_plans_take(emulator, monkeypatch) -> None:
     run_on(emulator, monkeypatch)
     cluster, prefill = (

@@ -51,11 +51,28 @@ def test_a_candidate_runs_on_whole_clusters_and_no_plan_takes_it():
         assert tile not in sm90_tiles.TILES
         for shape in SHAPES:
             plan = sm90_tiles.plan_of(tile, *shape, tile.tokens)
-            assert plan.ctas % tile.cluster == 0
-            assert 0 < plan.ctas <= 132
+            assert plan.ctas % (tile.cluster * tile.parts) == 0
+            if sm90_tiles.suits(tile, *shape, tile.tokens):
+                assert 0 < plan.ctas <= 132
         with sm90_tiles.trying(tile):
             assert sm90_tiles.plan(6144, 4096, tile.tokens).tile == tile
         assert sm90_tiles.plan(6144, 4096, tile.tokens).tile in sm90_tiles.TILES
+
+
+def test_parts_are_tried_where_their_clusters_fit_at_once():
+    parts = [tile for tile in sm90_tiles.CANDIDATES if tile.parts > 1]
+    for tile in parts:
+        wanted = [s for s in SHAPES if sm90_tiles.suits(tile, *s, tile.tokens)]
+        assert wanted
+        for shape in wanted:
+            plan = sm90_tiles.plan_of(tile, *shape, tile.tokens)
+            assert plan == sm90_tiles.Plan(tile, plan.ctas, False)
+            row_tiles = ceil(shape[0] / 64 / tile.row_groups)
+            assert 92 < plan.ctas == row_tiles * tile.parts <= 132
+        assert sm90_tiles.careful(tile).parts == tile.parts  # which the grid depends on
+    four = sm90_tiles.Tile(64, 2, 2, 1, 4, parts=4)  # 32 clusters of four
+    assert not sm90_tiles.suits(four, 4096, 12288, 64)
+    assert not sm90_tiles.suits(parts[0], 192, 576, 8)
 
 
 def test_a_tile_is_one_line_and_no_two_are_alike():
@@ -271,6 +288,24 @@ def test_the_gemm_is_exact_up_to_its_sum(branch, tokens, width, outputs):
         y = module.multiply(*operands, dtype)
         assert relative_error(y, expected) <= bound, dtype
         assert torch.equal(y, module.multiply(*operands, dtype)), dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+@pytest.mark.parametrize("tile", sm90_tiles.CANDIDATES, ids=str)
+def test_candidates_are_exact_up_to_their_sum(tile, branch):
+    needs_hopper()
+    task = work(4224, (3072, 60), branch, 48 if branch else 0)
+    linears = layer(task, "cuda", 110, 125)
+    module = sm90.prepare(KERNEL, task, linears)
+    x = inputs(tile.tokens - 3, 4224)
+    expected = exact(task, linears, x)
+    operands = module.quantize(x)
+    with sm90_tiles.trying(tile):
+        y = module.multiply(*operands, torch.bfloat16)
+        assert relative_error(y, expected) <= BOUNDS[torch.bfloat16]
+        for _ in range(20):
+            assert torch.equal(y, module.multiply(*operands, torch.bfloat16))
 
 
 @pytest.mark.gpu
