@@ -27,23 +27,23 @@ struct TileEpilogue {
   static constexpr int kStaged = Tokens < 32 ? Tokens : 32;
   static constexpr int kPitch = 144;  // 64 rows of 16 bits, and 16 bytes against bank conflicts
   static constexpr int kPartsAt = (kStaged * kPitch + 127) / 128 * 128;
-  static constexpr int kSumBytes = Tokens * 256;  // of 64 rows
+  static constexpr int kTokens = Tokens, kSums = Tokens / 2;  // sums of a thread
+  static constexpr int kSumBytes = Tokens * 256;              // of 64 rows
   static constexpr int kBytes = kPartsAt + (KGroups - 1) * kSumBytes;
 
   static_assert(Tokens % 8 == 0);
 
   // ---- sums in shared memory: fragment order, 16 bytes a thread at a time
 
-  CUTLASS_DEVICE static void write_part(uint32_t area, int part, float const (&sum)[Tokens / 2],
-                                        int thread) {
+  CUTLASS_DEVICE static void write(uint32_t part, float const (&sum)[kSums], int thread) {
 #pragma unroll
     for (int j = 0; j < Tokens / 8; ++j) {
-      store_shared_128(area + kPartsAt + ((part * (Tokens / 8) + j) * 128 + thread) * 16,
-                       sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
+      store_shared_128(part + (j * 128 + thread) * 16, sum[4 * j], sum[4 * j + 1], sum[4 * j + 2],
+                       sum[4 * j + 3]);
     }
   }
 
-  CUTLASS_DEVICE static void add_part(uint32_t part, float (&sum)[Tokens / 2], int thread) {
+  CUTLASS_DEVICE static void add(uint32_t part, float (&sum)[kSums], int thread) {
 #pragma unroll
     for (int j = 0; j < Tokens / 8; ++j) {
       uint4 const v = load_shared_128(part + (j * 128 + thread) * 16);
@@ -52,15 +52,8 @@ struct TileEpilogue {
     }
   }
 
-  CUTLASS_DEVICE static void add_parts(uint32_t area, float (&sum)[Tokens / 2], int thread) {
-#pragma unroll
-    for (int part = 0; part < KGroups - 1; ++part) {
-      add_part(area + kPartsAt + part * kSumBytes, sum, thread);
-    }
-  }
-
   // To another CTA of the cluster; `part` and `barrier` are cute::set_block_rank's.
-  CUTLASS_DEVICE static void send(uint32_t part, uint32_t barrier, float const (&sum)[Tokens / 2],
+  CUTLASS_DEVICE static void send(uint32_t part, uint32_t barrier, float const (&sum)[kSums],
                                   int thread) {
 #pragma unroll
     for (int j = 0; j < Tokens / 8; ++j) {
@@ -77,7 +70,7 @@ struct TileEpilogue {
            (size_t(cta) * row_groups + row_group) * (Tokens / 8) * 128 + thread;
   }
 
-  CUTLASS_DEVICE static void write_partial(float4* slot, float const (&sum)[Tokens / 2]) {
+  CUTLASS_DEVICE static void write_partial(float4* slot, float const (&sum)[kSums]) {
 #pragma unroll
     for (int j = 0; j < Tokens / 8; ++j) {
       __stcg(slot + j * 128,
@@ -85,7 +78,7 @@ struct TileEpilogue {
     }
   }
 
-  CUTLASS_DEVICE static void add_to_partial(float4* slot, float const (&sum)[Tokens / 2]) {
+  CUTLASS_DEVICE static void add_to_partial(float4* slot, float const (&sum)[kSums]) {
 #pragma unroll
     for (int j = 0; j < Tokens / 8; ++j) {
       reduce_add(slot + j * 128,
@@ -93,7 +86,7 @@ struct TileEpilogue {
     }
   }
 
-  CUTLASS_DEVICE static void add_partial(float4 const* slot, float (&sum)[Tokens / 2]) {
+  CUTLASS_DEVICE static void add_partial(float4 const* slot, float (&sum)[kSums]) {
 #pragma unroll
     for (int j = 0; j < Tokens / 8; ++j) {
       float4 const v = __ldcg(slot + j * 128);
@@ -103,7 +96,7 @@ struct TileEpilogue {
 
   // ---- out[token, row] of this warpgroup's 64 rows; `scales` is the shared copy of the tokens'
 
-  CUTLASS_DEVICE static void store(Arguments const& args, float const (&sum)[Tokens / 2],
+  CUTLASS_DEVICE static void store(Arguments const& args, float const (&sum)[kSums],
                                    float4 const (&rows)[2], uint32_t scales, uint32_t staging,
                                    int row0, int token0, int thread, int barrier) {
     int const lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;

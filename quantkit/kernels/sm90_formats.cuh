@@ -10,8 +10,8 @@
 
 namespace quantkit::sm90 {
 
-// Bytes and halves by dot products with one: they take the multipliers' pipe, and bit operations are
-// what decoding is short of.
+// Bytes and halves by dot products with one: they take the multipliers' pipe, and bit operations
+// are what decoding is short of.
 CUTLASS_DEVICE uint32_t byte_of(uint32_t word, int i) { return __dp4a(word, 1u << (8 * i), 0u); }
 CUTLASS_DEVICE uint32_t upper_half(uint32_t word) { return __dp2a_lo(word, 0x100u, 0u); }
 

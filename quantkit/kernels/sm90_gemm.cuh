@@ -17,6 +17,68 @@
 
 namespace quantkit::sm90 {
 
+// Tiles in parts. The warpgroups of a row block share its tokens: each adds up a slice of them and
+// sends it to the CTA that finishes it, or adds what other CTAs send and stores the sum.
+template <class T>
+CUTLASS_DEVICE void finish_part(Consumer<T>& consumer, Segment const& work,
+                                float4 const (&rows)[2], uint32_t scales, int warpgroup) {
+  using Slice = typename T::Slice;
+  constexpr int kKGroups = T::kKGroups, kSlices = T::kSlices, kSums = Slice::kSums;
+  Arguments const& args = consumer.args;
+  Shared<T> const& shared = consumer.shared;
+  int const thread = consumer.thread, row_group = consumer.row_group, k_group = consumer.k_group;
+  uint32_t const area = shared.base + T::kEpilogueAt + row_group * T::kEpilogueBytes;
+  auto part_at = [&](int slice, int part) {
+    return area + (slice * (kKGroups - 1) + part) * Slice::kSumBytes;
+  };
+  float sum[kSums];
+#pragma unroll
+  for (int s = 0; s < kSlices; ++s) {
+    float slice[kSums];
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) slice[i] = consumer.sum[s * kSums + i];
+    if (s != k_group) {
+      Slice::write(part_at(s, k_group - (k_group > s)), slice, thread);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sum[i] = slice[i];
+    }
+  }
+  if constexpr (kKGroups > 1) {
+    if (k_group >= kSlices) {
+      barrier_arrive(kPartsReady + row_group, kKGroups * 128);
+      return;
+    }
+    barrier_sync(kPartsReady + row_group, kKGroups * 128);
+#pragma unroll
+    for (int i = 0; i < kKGroups - 1; ++i) Slice::add(part_at(k_group, i), sum, thread);
+  }
+
+  int const unit = row_group * kSlices + k_group, part = Scheduler<T>::part();
+  int const finisher = unit % T::kParts, slot = unit / T::kParts;
+  uint32_t const received = shared.base + T::kReceivedAt + slot * T::kReceivedBytes;
+  FullBarrier& barrier = shared.received[slot];
+  if (part != finisher) {
+    uint32_t const at = received + (part - (part > finisher)) * Slice::kSumBytes;
+    uint32_t const counts = cute::cast_smem_ptr_to_uint(&barrier);
+    Slice::send(cute::set_block_rank(at, finisher), cute::set_block_rank(counts, finisher), sum,
+                thread);
+    return;
+  }
+  barrier.wait(0);  // nobody writes here after that: this CTA may end before the others
+#pragma unroll
+  for (int i = 0; i < T::kParts - 1; ++i) Slice::add(received + i * Slice::kSumBytes, sum, thread);
+  wait_async_copies();
+  barrier_sync(kWarpgroupBarrier + warpgroup, 128);
+  int const row_block = work.row_tile * T::kRowGroups + row_group;
+  int const token = k_group * Slice::kTokens;
+  if (row_block < args.row_blocks) {
+    Slice::store(args, sum, rows, scales + token * 8, kKGroups > 1 ? part_at(k_group, 0) : area,
+                 row_block * 64, work.token_tile * T::kTokens + token, thread,
+                 kWarpgroupBarrier + warpgroup);
+  }
+}
+
 template <class T>
 CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int warpgroup) {
   using Epilogue = typename T::Epilogue;
@@ -25,7 +87,8 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
   int const row_group = warpgroup / kKGroups, k_group = warpgroup % kKGroups;
   Consumer<T> consumer{args, shared, row_group, k_group, thread, lane};
   auto& sum = consumer.sum;
-  uint32_t const area = shared.base + T::kEpilogueAt + row_group * Epilogue::kBytes;
+  uint32_t const area = shared.base + T::kEpilogueAt + row_group * T::kEpilogueBytes;
+  uint32_t const parts = area + Epilogue::kPartsAt;
   uint32_t const scales = shared.base + T::kScalesAt + warpgroup * T::kTokens * 8;
   Scheduler<T> scheduler(args);
   int const start = scheduler.position;
@@ -42,7 +105,8 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
     }
 #pragma unroll
     for (int i = 0; i < T::kTokens / 2; ++i) sum[i] = 0.f;
-    bool partners = !T::kPrefill && T::kParts == 1 && work.begin == 0 && work.end < scheduler.steps && k_group == 0;
+    bool partners = !T::kPrefill && T::kParts == 1 && work.begin == 0 &&
+                    work.end < scheduler.steps && k_group == 0;
     if (partners && scheduler.end - start >= scheduler.steps + 3) {
       // The one partial sum that this tile needs was written long ago: start from it.
       barrier_sync(kPartners, kRowThreads);
@@ -59,35 +123,25 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
     else
       consumer.multiply(work, rows, scales);
 
+    if constexpr (T::kParts > 1) {
+      finish_part(consumer, work, rows, scales, warpgroup);
+      continue;
+    }
     if constexpr (kKGroups > 1) {
       if (k_group > 0) {
         if (count) barrier_sync(kPartsRead + row_group, kKGroups * 128);
-        Epilogue::write_part(area, k_group - 1, sum, thread);
+        Epilogue::write(parts + (k_group - 1) * Epilogue::kSumBytes, sum, thread);
         barrier_arrive(kPartsReady + row_group, kKGroups * 128);
         continue;
       }
       barrier_sync(kPartsReady + row_group, kKGroups * 128);
-      Epilogue::add_parts(area, sum, thread);
+#pragma unroll
+      for (int i = 0; i < kKGroups - 1; ++i)
+        Epilogue::add(parts + i * Epilogue::kSumBytes, sum, thread);
       if (scheduler.position < scheduler.end)
         barrier_arrive(kPartsRead + row_group, kKGroups * 128);
     }
-    if constexpr (T::kParts > 1) {
-      int const finisher = row_group % T::kParts, part = scheduler.part();
-      int const slot = row_group / T::kParts;
-      uint32_t const received = shared.base + T::kReceivedAt + slot * T::kReceivedBytes;
-      FullBarrier& barrier = shared.received[slot];
-      if (part != finisher) {
-        uint32_t const at = received + (part - (part > finisher)) * Epilogue::kSumBytes;
-        Epilogue::send(cute::set_block_rank(at, finisher),
-                       cute::set_block_rank(cute::cast_smem_ptr_to_uint(&barrier), finisher), sum,
-                       thread);
-        continue;
-      }
-      barrier.wait(0);  // and with it for all that others write here: this CTA may end then
-#pragma unroll
-      for (int i = 0; i < T::kParts - 1; ++i)
-        Epilogue::add_part(received + i * Epilogue::kSumBytes, sum, thread);
-    } else if constexpr (!T::kPrefill) {
+    if constexpr (!T::kPrefill) {
       if (work.begin > 0) {
         Epilogue::write_partial(
             Epilogue::partial(args, blockIdx.x, T::kRowGroups, row_group, thread), sum);

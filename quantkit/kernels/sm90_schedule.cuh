@@ -16,9 +16,11 @@ struct Tile {
   static constexpr int kBricks = Bricks_, kStages = Stages_;
   static constexpr int kPromoteColumns = PromoteColumns_, kCluster = Cluster_;
   static constexpr bool kTurns = Turns_;
-  // CTAs that share a tile: each takes a part of the steps, finishes some of the row groups, and
-  // sends the sums of the others to the CTAs that do.
-  static constexpr int kParts = Parts_, kFinished = ceil_div(kRowGroups, kParts);
+  // CTAs that share a tile: each takes a part of the steps, finishes some slices (a warpgroup's
+  // share of the tokens of its row block), and sends sums of the others to the CTAs that do.
+  static constexpr int kParts = Parts_;
+  static constexpr int kSlices = kKGroups * 8 < kTokens ? kKGroups : kTokens / 8;
+  static constexpr int kFinished = ceil_div(kRowGroups * kSlices, kParts);
   static constexpr int kCtas = kCluster * kParts;  // of a cluster
   static constexpr bool kPrefill = kTokens > 64;
   // Prefill with long running sums: they rest in the workspace, and the branch comes first.
@@ -41,10 +43,13 @@ struct Tile {
   // After the stages: one epilogue area a row group, one set of token scales a warpgroup, sums that
   // other CTAs send, barriers.
   using Epilogue = TileEpilogue<kTokens, kKGroups>;
+  using Slice = TileEpilogue<kTokens / kSlices, kKGroups>;
   static constexpr int kEpilogueAt = kStages * kStageBytes;
-  static constexpr int kScalesAt = kEpilogueAt + kRowGroups * Epilogue::kBytes;
+  static constexpr int kEpilogueBytes =  // slices are staged where their parts were
+      kParts > 1 && kKGroups > 1 ? (kKGroups - 1) * Epilogue::kSumBytes : Epilogue::kBytes;
+  static constexpr int kScalesAt = kEpilogueAt + kRowGroups * kEpilogueBytes;
   static constexpr int kReceivedAt = kScalesAt + kWarpgroups * kTokens * 8;
-  static constexpr int kReceivedBytes = (kParts - 1) * Epilogue::kSumBytes;  // for a row group
+  static constexpr int kReceivedBytes = (kParts - 1) * Slice::kSumBytes;  // for a slice
   static constexpr int kBarriersAt = kReceivedAt + kFinished * kReceivedBytes;
   static constexpr int kBarriers = 2 * kStages + (kParts > 1 ? kFinished : 0);
   static constexpr int kSharedBytes = kBarriersAt + kBarriers * 8 + 1024;  // 1024: alignment
@@ -78,8 +83,8 @@ struct Segment {
 };
 
 // CTAs of a cluster work in step on row tiles that follow one another, with the same tokens: each
-// fetches a part of those for all. What is handed out is the row tiles of a cluster. Where CTAs share
-// tiles instead (kParts), a cluster has one tile and then ends.
+// fetches a part of those for all. What is handed out is the row tiles of a cluster. Where CTAs
+// share tiles instead (kParts), a cluster has one tile and then ends.
 template <class T>
 struct Scheduler {
   int steps, position, end, clusters, tiles;
@@ -140,7 +145,7 @@ struct Shared {
   uint32_t base;
   FullBarrier* full;
   EmptyBarrier* empty;
-  FullBarrier* received;  // one a row group that this CTA finishes
+  FullBarrier* received;  // one a slice that this CTA finishes
   CUTLASS_DEVICE uint32_t stage(int s) const { return base + s * T::kStageBytes; }
 };
 

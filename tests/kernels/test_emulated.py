@@ -378,6 +378,8 @@ FAULTS = {
         "  barrier_arrive(kPartners, T::kRowGroups * 128 + 32);\n",
         "",
     ),
+    "what another CTA sends is read before it is there": ("  barrier.wait(0);", "  ;"),
+    "a CTA waits for what another finishes": ("if (part != finisher) {", "if (part < finisher) {"),
 }
 
 
@@ -394,8 +396,10 @@ def test_faults_are_noticed(fault: str, tmp_path: Path, monkeypatch) -> None:
     linears = layer(task)
     module = sm90.ExactFoldLinear(task, linears)
     x = inputs(2, 8192)
+    tile = IN_PARTS[0] if "CTA" in fault else sm90_tiles.plan(704, 8192, 2, SMS).tile
     try:
-        error = relative_error(product(module, x), exact(task, linears, x))
+        with sm90_tiles.trying(tile):
+            error = relative_error(product(module, x), exact(task, linears, x))
     except QuantkitError as refused:
         assert "failed to launch" in refused.message  # noqa: PT017
     else:
