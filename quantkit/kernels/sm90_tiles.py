@@ -88,6 +88,7 @@ CANDIDATES = (
     Tile(64, 2, 2, 1, 5, promote=2048, parts=2),
     Tile(64, 2, 2, 1, 4, promote=2048, parts=3),
     Tile(64, 3, 1, 1, 8, promote=2048, parts=3),
+    Tile(64, 4, 1, 1, 5, promote=2048, parts=3),
     Tile(64, 4, 1, 1, 6, promote=2048, parts=4),
     Tile(64, 3, 1, 1, 6, promote=2048, parts=5),
 )

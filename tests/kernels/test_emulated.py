@@ -163,6 +163,20 @@ def test_parts_of_a_cluster_are_exact_up_to_their_sum(
     check_tile(tile, width, outputs, branch, tile.tokens - ragged, monkeypatch)
 
 
+def test_parts_of_several_token_tiles_and_of_bfloat16_products(emulator, monkeypatch) -> None:
+    run_on(emulator, monkeypatch)
+    tile = next(tile for tile in IN_PARTS if (tile.tokens, tile.row_groups) == (64, 2))
+    check_tile(tile, 640, (192,), "bf16", 130, monkeypatch)
+    formats = FORMATS[0]
+    task = dispatch.Work(*formats, None, "even", None, 672, (192,))
+    tensors, expected = wide_layer(*formats, 192, 672, 0)
+    module = sm90_wide.WideLinear(task, [tensors])
+    x = inputs(61, 672)
+    with sm90_tiles.trying(tile):
+        y = module.multiply(*module.quantize(x), torch.float32)
+    assert relative_error(y, expected(x)) <= EXACT
+
+
 def test_clusters_and_resting_sums_that_plans_take(emulator, monkeypatch) -> None:
     run_on(emulator, monkeypatch)
     cluster, prefill = (
