@@ -18,7 +18,8 @@ from quantkit.pack.scheme import SiteFormat
 
 KERNEL = next(row for row in capability.KERNELS if row.module == "sm90")
 WIDE = ("fp4 in bf16", "mxfp8 in bf16")
-SHAPES = [(192, 576), (576, 1536), (6144, 4096), (4096, 12288), (24576, 4096), (57344, 8192)]
+SHAPES = [(192, 576), (576, 1536), (6144, 4096), (4096, 12288), (24576, 4096), (8192, 28672)]
+SHAPES += [(57344, 8192)]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 8, 9, 16, 17, 33, 64, 65, 192, 193, 2048, 8192])
