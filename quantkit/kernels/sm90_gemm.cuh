@@ -92,7 +92,6 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
   uint32_t const scales = shared.base + T::kScalesAt + warpgroup * T::kTokens * 8;
   Scheduler<T> scheduler(args);
   int const start = scheduler.position;
-  if (T::kTurns && warpgroup == T::kWarpgroups - 1) consumer.pass_turn();  // the first turn
   Segment work;
   for (int count = 0; scheduler.next(args, work); ++count) {
     // Scales, long before the epilogue needs them.
@@ -167,7 +166,6 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
     barrier_sync(kWarpgroupBarrier + warpgroup,
                  128);  // the scales and the staging area are free again
   }
-  if (T::kTurns && warpgroup == 0) consumer.take_turn();  // which nobody needs any more
 }
 
 template <class T>

@@ -32,18 +32,6 @@ struct Consumer {
     }
   }
 
-  // Warpgroups that find their tokens at the same time would decode together and then wait for the
-  // tensor cores together; taking turns, one decodes while another multiplies.
-  CUTLASS_DEVICE void take_turn() const {
-    if constexpr (T::kTurns) barrier_sync(turn_barrier(row_group * T::kKGroups + k_group), 256);
-  }
-  CUTLASS_DEVICE void pass_turn() const {
-    if constexpr (T::kTurns) {
-      int const next = (row_group * T::kKGroups + k_group + 1) % T::kWarpgroups;
-      barrier_arrive(turn_barrier(next), 256);
-    }
-  }
-
   CUTLASS_DEVICE void drain() {
     cute::warpgroup_wait<0>();
     if (pending >= 0) release(pending);
@@ -67,12 +55,10 @@ struct Consumer {
       uint32_t a[4][4];
       Format::decode(a, weights(ring.stage, j), thread);
       uint64_t const b = descriptor<128>(tokens(ring.stage, j, T::kTokenBrick));
-      take_turn();
       cute::warpgroup_arrive();
 #pragma unroll
       for (int s = 0; s < 4; ++s) mma<Op>(acc, a[s], b + 2 * s);
       cute::warpgroup_commit_batch();
-      pass_turn();
       cute::warpgroup_wait<1>();
       if (j == 0 && pending >= 0) release(pending);
     }
@@ -113,9 +99,8 @@ struct Consumer {
     using Op = Mma<typename Format::Weight, typename Format::Token, kTokens, Format::kStepElements>;
     float acc[kTokens / 2];
     int const main = ceil_div(args.bricks, T::kStepBricks), main_end = min(work.end, main);
-    // Steps whose bricks are all there for this warpgroup (turns: for every one).
-    int const others = T::kTurns ? 0 : T::kKGroups - k_group - 1;
-    int const whole = (args.bricks + others * kBricks) / T::kStepBricks;
+    // Steps whose bricks are all there for this warpgroup.
+    int const whole = (args.bricks + (T::kKGroups - k_group - 1) * kBricks) / T::kStepBricks;
     int const whole_end = min(work.end, whole);
     int step = work.begin;
     clear(acc);

@@ -8,14 +8,13 @@
 namespace quantkit::sm90 {
 
 template <class Format_, class Branch_, int Tokens_, int RowGroups_, int KGroups_, int Bricks_,
-          int Stages_, int PromoteColumns_, int Cluster_, bool Turns_, int Parts_>
+          int Stages_, int PromoteColumns_, int Cluster_, int Parts_>
 struct Tile {
   using Format = Format_;
   using Branch = Branch_;
   static constexpr int kTokens = Tokens_, kRowGroups = RowGroups_, kKGroups = KGroups_;
   static constexpr int kBricks = Bricks_, kStages = Stages_;
   static constexpr int kPromoteColumns = PromoteColumns_, kCluster = Cluster_;
-  static constexpr bool kTurns = Turns_;
   // CTAs that share a tile: each takes a part of the steps, finishes some slices (a warpgroup's
   // share of the tokens of its row block), and sends sums of the others to the CTAs that do.
   static constexpr int kParts = Parts_;
@@ -67,7 +66,6 @@ struct Tile {
 
 // Named barriers: 1.. one a warpgroup, 5.. the k groups of a row group have parts to add, 9.. those
 // parts are read, 13 the partial sum of a split tile is written, 14 the partners' sums are there.
-// Turns at the tensor cores have numbers of 5..12 that are free then.
 enum Barrier {
   kWarpgroupBarrier = 1,
   kPartsReady = 5,
@@ -75,8 +73,6 @@ enum Barrier {
   kPartial = 13,
   kPartners = 14
 };
-
-CUTLASS_DEVICE int turn_barrier(int warpgroup) { return 7 + warpgroup / 2 * 4 + warpgroup % 2; }
 
 struct Segment {
   int row_tile, token_tile, begin, end;  // steps [begin, end) of a tile

@@ -18,8 +18,8 @@ from quantkit.kernels.prepare import ROWS
 class Tile:
     """Parameters of `Tile` in `sm90_schedule.cuh`: tokens, 64-row groups, groups along K that add
     up at the end, bricks a group takes per pipeline stage, stages, the columns after which running
-    sums move to FP32, CTAs that fetch tokens for one another, whether warpgroups take turns at the
-    tensor cores, and CTAs of a cluster that share a tile, each with a part of K."""
+    sums move to FP32, CTAs that fetch tokens for one another, and CTAs of a cluster
+    that share a tile, each with a part of K."""
 
     tokens: int
     row_groups: int
@@ -28,7 +28,6 @@ class Tile:
     stages: int
     promote: int = 512
     cluster: int = 1
-    turns: int = 0
     parts: int = 1
 
 
@@ -41,56 +40,35 @@ class Plan:
     split: bool
 
 
-# One line a tile. Decode: all four warpgroups on one 64-row block (short N), or on more rows.
+# One line a tile. Decode: all four warpgroups on one 64-row block (short N), or on more rows; in
+# parts where one round of clusters keeps the SMs busy.
 TILES = (
     Tile(8, 1, 4, 2, 4),
+    Tile(8, 1, 4, 2, 5, 2048, parts=2),
+    Tile(8, 3, 1, 2, 6, 2048),
     Tile(16, 1, 4, 1, 8),
     Tile(16, 1, 4, 2, 4),
+    Tile(16, 1, 4, 1, 8, 2048, parts=2),
+    Tile(16, 3, 1, 2, 6, 2048),
     Tile(32, 1, 4, 1, 5),
+    Tile(32, 1, 4, 1, 5, 2048, parts=2),
     Tile(32, 3, 1, 2, 6),
     Tile(32, 4, 1, 2, 4),
     Tile(64, 1, 4, 1, 3),
     Tile(64, 2, 2, 1, 5),
-    Tile(64, 3, 1, 2, 5),
-    Tile(64, 3, 1, 2, 5, 2048, 2),
-    Tile(256, 2, 1, 1, 4),
-    Tile(256, 2, 1, 1, 4, 4096),
-)
-# Tiles that no plan takes yet: their results were checked by emulation, not on a GPU. Warpgroups
-# take turns; prefill has a stage more, and its sums stay in the tensor cores' registers for 2048
-# columns and more; one 64-row block a warpgroup, so that 24576 outputs are one round of 128 CTAs.
-# In parts: no workspace and no flags where K is split, and tokens read once for more rows.
-CANDIDATES = (
-    Tile(8, 1, 4, 2, 4, 512, 1, 1),
-    Tile(8, 3, 1, 2, 6, 2048),
-    Tile(16, 1, 4, 1, 8, 512, 1, 1),
-    Tile(16, 3, 1, 2, 6, 2048),
-    Tile(16, 3, 1, 2, 6, 2048, 1, 1),
-    Tile(32, 1, 4, 1, 5, 512, 1, 1),
-    Tile(32, 3, 1, 2, 6, 2048, 1, 1),
-    Tile(64, 1, 4, 1, 3, 2048, 1, 1),
-    Tile(64, 2, 2, 1, 5, 2048, 1, 1),
+    Tile(64, 2, 2, 1, 5, 2048, parts=2),
+    Tile(64, 2, 2, 1, 4, 2048, parts=3),
     Tile(64, 3, 1, 2, 5, 2048),
-    Tile(64, 3, 1, 2, 5, 2048, 1, 1),
-    Tile(64, 3, 1, 2, 5, 2048, 2, 1),
-    Tile(256, 2, 1, 1, 5, 2048),
-    Tile(256, 2, 1, 1, 5, 2048, 1, 1),
-    Tile(256, 2, 1, 1, 5, 2048, 2, 1),
-    Tile(256, 2, 1, 1, 5, 4096, 1, 1),
-    Tile(8, 1, 4, 2, 5, promote=2048, parts=2),
-    Tile(8, 2, 2, 2, 4, promote=2048, parts=2),
-    Tile(16, 1, 4, 1, 8, promote=2048, parts=2),
-    Tile(16, 2, 2, 1, 8, promote=2048, parts=2),
-    Tile(16, 4, 1, 1, 8, promote=2048, parts=4),
-    Tile(32, 1, 4, 1, 5, promote=2048, parts=2),
-    Tile(32, 2, 2, 1, 7, promote=2048, parts=2),
-    Tile(32, 4, 1, 1, 8, promote=2048, parts=4),
-    Tile(64, 2, 2, 1, 5, promote=2048, parts=2),
-    Tile(64, 2, 2, 1, 4, promote=2048, parts=3),
-    Tile(64, 3, 1, 1, 8, promote=2048, parts=3),
-    Tile(64, 4, 1, 1, 5, promote=2048, parts=3),
-    Tile(64, 4, 1, 1, 6, promote=2048, parts=4),
-    Tile(64, 3, 1, 1, 6, promote=2048, parts=5),
+    Tile(256, 2, 1, 1, 5, 3072, 2),
+    Tile(256, 2, 1, 1, 5, 4096, 2),
+)
+# Tiles that no plan takes: right on an H200, but not faster there than those above.
+CANDIDATES = (
+    Tile(16, 2, 2, 1, 8, 2048, parts=2),
+    Tile(32, 2, 2, 1, 7, 2048, parts=2),
+    Tile(64, 3, 1, 2, 5, 2048, 2),
+    Tile(64, 4, 1, 1, 6, 2048, parts=4),
+    Tile(256, 2, 1, 1, 5, 4096),
 )
 PREFILL = 192  # more tokens than this take the 256-token tile
 
@@ -111,28 +89,33 @@ def token_tile(tokens: int) -> int:
 
 def plan(outputs: int, width: int, tokens: int, sms: int = 132) -> Plan:
     """Choose tile and grid for N = `outputs`, K = `width`, M = `tokens` on `sms` SMs."""
-    size, blocks = token_tile(tokens), -(-outputs // ROWS)
-    for tile in _trial:
-        if tile.tokens == size:
-            return plan_of(tile, outputs, width, tokens, sms)
-    return plan_of(_choose(size, blocks, width, sms), outputs, width, tokens, sms)
+    size = token_tile(tokens)
+    tried = (tile for tile in _trial if tile.tokens == size)
+    in_parts = (
+        tile
+        for tile in TILES
+        if tile.tokens == size and tile.parts > 1 and suits(tile, outputs, width, tokens, sms)
+    )
+    tile = next(tried, None) or next(in_parts, None) or _choose(size, outputs, width, sms)
+    return plan_of(tile, outputs, width, tokens, sms)
 
 
-def _choose(size: int, blocks: int, width: int, sms: int) -> Tile:
-    """The tile for `blocks` 64-row blocks and token tiles of `size`."""
+def _choose(size: int, outputs: int, width: int, sms: int) -> Tile:
+    """The tile of one part for token tiles of `size`."""
     # More rows a CTA read the tokens less often; fewer rows divide better.
+    blocks = -(-outputs // ROWS)
     if size == 256:
         # FP8 products of more than 4096 columns in one running sum cost the last bit of bfloat16.
-        return _tile(size, 2, promote=4096 if width <= 4096 else 512)
+        return _tile(size, 2, promote=4096 if width <= 4096 else 3072)
     if size <= 16:
+        if 0.9 * sms <= -(-blocks // 3) <= sms:  # one round
+            return _tile(size, 3)
         return _tile(size, 1, bricks=2 if size == 8 or blocks * width > 128 * 12288 else 1)
     if size == 32:
         return _tile(size, 1 if blocks <= sms else 3 if blocks % 3 == 0 else 4)
     if blocks <= sms // 2:
         return _tile(size, 2)
-    if blocks <= sms:
-        return _tile(size, 1 if width <= 8192 else 3)
-    return _tile(size, 3, cluster=2, promote=2048)
+    return _tile(size, 1 if blocks <= sms and width <= 8192 else 3)
 
 
 def plan_of(tile: Tile, outputs: int, width: int, tokens: int, sms: int = 132) -> Plan:
@@ -151,14 +134,17 @@ def plan_of(tile: Tile, outputs: int, width: int, tokens: int, sms: int = 132) -
 
 
 def suits(tile: Tile, outputs: int, width: int, tokens: int, sms: int = 132) -> bool:
-    """Whether a tile of several parts has one round of clusters that keeps most SMs busy."""
+    """Whether a tile of several parts has one round of clusters that keeps most SMs busy.
+
+    Along a long K the split schedule costs less than the SMs that clusters leave out.
+    """
     if tile.parts == 1:
         return True
     ctas = plan_of(tile, outputs, width, tokens, sms).ctas
     # SMs come in groups of fewer than 18, and a cluster of three or more does not fill each.
     resident = sms // tile.parts * (10 if tile.parts > 2 else 11) // 11
     steps = -(-width // (128 * tile.k_groups * tile.bricks))
-    return 0.7 * sms <= ctas <= resident * tile.parts and steps >= 2 * tile.parts
+    return 0.7 * sms <= ctas <= resident * tile.parts and 2 <= steps / tile.parts <= 32
 
 
 _trial: list[Tile] = []
@@ -174,20 +160,20 @@ def trying(tile: Tile) -> Iterator[None]:
         _trial.remove(tile)
 
 
-def _tile(
-    tokens: int, rows: int, *, bricks: int | None = None, cluster: int = 1, promote: int = 512
-) -> Tile:
-    wanted = (tokens, rows, promote, cluster)
+def _tile(tokens: int, rows: int, bricks: int | None = None, promote: int | None = None) -> Tile:
+    """The tile of one part with these parameters; None: whatever it has."""
     return next(
         t
         for t in TILES
-        if (t.tokens, t.row_groups, t.promote, t.cluster) == wanted and bricks in (None, t.bricks)
+        if (t.tokens, t.row_groups, t.parts) == (tokens, rows, 1)
+        and bricks in (None, t.bricks)
+        and promote in (None, t.promote)
     )
 
 
 def careful(tile: Tile) -> Tile:
     """The tile for FP32 results: running sums move to FP32 more often than 16 bits need."""
-    return replace(tile, promote=512, cluster=1, turns=0) if tile.promote > 512 else tile
+    return replace(tile, promote=512, cluster=1) if tile.promote > 512 else tile
 
 
 def gemm_text(tile: Tile, weights: str, branch: str | None) -> str:

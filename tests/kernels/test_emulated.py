@@ -20,6 +20,7 @@ import torch
 from benchmarks import gemm
 from quantkit.errors import QuantkitError
 from quantkit.kernels import dispatch, sm90, sm90_tiles, sm90_wide
+from quantkit.kernels.sm90_tiles import Tile
 from tests.kernels.test_sm90 import exact, layer, relative_error, work
 from tests.kernels.test_sm90_wide import FORMATS, wide_layer
 
@@ -112,33 +113,33 @@ def test_the_gemm_is_exact_up_to_its_sum(
 
 
 @pytest.mark.parametrize(
-    ("width", "outputs", "branch", "tokens", "chosen"),
+    ("width", "outputs", "branch", "tokens", "tile"),
     [
-        (2048, (704,), "fp8", 5, (8, 3, 1, 0)),  # split tiles
-        (1024, (256, 60), "bf16", 13, (16, 1, 1, 1)),
-        (1664, (704,), "fp8", 16, (16, 3, 1, 1)),
-        (1024, (320,), None, 40, (64, 1, 1, 1)),  # warpgroups that share rows take turns
-        (1152, (320,), "bf16", 40, (64, 2, 1, 1)),
-        (2048, (704,), None, 48, (64, 3, 2, 1)),  # in clusters of two
-        (2496, (320,), "fp8", 270, (256, 2, 2, 1)),  # sums rest in the workspace
-        (1472, (192,), "bf16", 300, (256, 2, 1, 1)),
+        (2048, (704,), "fp8", 5, Tile(8, 3, 1, 2, 6, 2048)),  # split tiles
+        (1664, (704,), "bf16", 16, Tile(16, 3, 1, 2, 6, 2048)),
+        (1024, (320,), None, 20, Tile(32, 1, 4, 1, 5, 512, 2)),  # in clusters of two
+        (2048, (704,), None, 48, Tile(64, 3, 1, 2, 5, 2048, 2)),
+        (1024, (320,), "bf16", 40, Tile(64, 3, 1, 2, 5, 2048, 2)),
+        (2496, (320,), "fp8", 270, Tile(256, 2, 1, 1, 5, 4096, 2)),  # sums rest in the workspace
+        (3200, (192,), "fp8", 270, Tile(256, 2, 1, 1, 5, 3072)),
+        (1472, (192,), "bf16", 300, Tile(256, 2, 1, 1, 5, 3072, 2)),
     ],
 )
-def test_candidates_are_exact_up_to_their_sum(
+def test_tiles_are_exact_up_to_their_sum(
     emulator,
     monkeypatch,
     width: int,
     outputs: tuple[int, ...],
     branch: str | None,
     tokens: int,
-    chosen: tuple[int, int, int, int],
+    tile: Tile,
 ) -> None:
     run_on(emulator, monkeypatch)
-    tiles = {(t.tokens, t.row_groups, t.cluster, t.turns): t for t in sm90_tiles.CANDIDATES}
-    check_tile(tiles[chosen], width, outputs, branch, tokens, monkeypatch)
+    check_tile(tile, width, outputs, branch, tokens, monkeypatch)
 
 
-IN_PARTS = [tile for tile in sm90_tiles.CANDIDATES if tile.parts > 1]
+ALL_TILES = (*sm90_tiles.TILES, *sm90_tiles.CANDIDATES)
+IN_PARTS = [tile for tile in ALL_TILES if tile.parts > 1]
 
 
 @pytest.mark.parametrize("tile", IN_PARTS, ids=lambda t: f"{t.tokens}-{t.row_groups}-{t.parts}")
@@ -153,7 +154,7 @@ IN_PARTS = [tile for tile in sm90_tiles.CANDIDATES if tile.parts > 1]
 def test_parts_of_a_cluster_are_exact_up_to_their_sum(
     emulator,
     monkeypatch,
-    tile: sm90_tiles.Tile,
+    tile: Tile,
     width: int,
     outputs: tuple[int, ...],
     branch: str | None,
@@ -177,17 +178,8 @@ def test_parts_of_several_token_tiles_and_of_bfloat16_products(emulator, monkeyp
     assert relative_error(y, expected(x)) <= EXACT
 
 
-def test_clusters_and_resting_sums_that_plans_take(emulator, monkeypatch) -> None:
-    run_on(emulator, monkeypatch)
-    cluster, prefill = (
-        next(t for t in sm90_tiles.TILES if t.promote == promote) for promote in (2048, 4096)
-    )
-    check_tile(cluster, 1024, (320,), "bf16", 40, monkeypatch)
-    check_tile(prefill, 3200, (192,), "fp8", 270, monkeypatch)
-
-
 def check_tile(
-    tile: sm90_tiles.Tile,
+    tile: Tile,
     width: int,
     outputs: tuple[int, ...],
     branch: str | None,
@@ -347,7 +339,7 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
     monkeypatch.setattr(gemm.bench, "COLD_BYTES", 0)
     for name in ("rms_norm", "swiglu"):  # not by torch.compile
         monkeypatch.setattr(gemm, name, getattr(gemm, name)._torchdynamo_orig_callable)
-    tiles = [next(t for t in sm90_tiles.CANDIDATES if t.tokens == size) for size in (8, 256)]
+    tiles = (Tile(8, 3, 1, 2, 6, 2048, 2), Tile(256, 2, 1, 1, 5, 4096))
     monkeypatch.setattr(sm90_tiles, "CANDIDATES", tiles)
     options = argparse.Namespace(
         shapes=[(192, 512)], tokens=(3, 200), peers=["bf16"], candidates=True, repeats=1

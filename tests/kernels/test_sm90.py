@@ -35,16 +35,30 @@ def test_every_shape_has_a_plan_that_covers_it(shape, tokens, sms):
     assert plan.ctas % cluster == 0
     tiles = ceil(blocks / plan.tile.row_groups / cluster) * ceil(tokens / plan.tile.tokens)
     steps = tiles * ceil(shape[1] / (128 * plan.tile.bricks * plan.tile.k_groups))
-    assert plan.ctas <= (steps if plan.split else tiles) * cluster
+    if plan.tile.parts > 1:
+        assert (plan.ctas, plan.split) == (tiles * plan.tile.parts, False)
+    else:
+        assert plan.ctas <= (steps if plan.split else tiles) * cluster
     assert not (plan.split and plan.tile.tokens > 64)
 
 
 def test_tiles_that_divide_are_not_split():
     assert sm90_tiles.plan(24576, 4096, 64) == sm90_tiles.Plan(
-        sm90_tiles.Tile(64, 3, 1, 2, 5, 2048, 2), 128, False
+        sm90_tiles.Tile(64, 3, 1, 2, 5, 2048), 128, False
     )
     assert sm90_tiles.plan(6144, 4096, 1).ctas == 96
-    assert sm90_tiles.plan(4096, 12288, 1).split
+    assert sm90_tiles.plan(8192, 28672, 64).split
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64])
+def test_few_outputs_are_shared_by_clusters(tokens):
+    plan = sm90_tiles.plan(4096, 12288, tokens)
+    assert plan.tile.parts > 1
+    assert not plan.split
+    assert plan.ctas >= 96
+    assert (
+        sm90_tiles.plan(1024, 4096, tokens).tile.parts == 1
+    )  # clusters of it would leave SMs idle
 
 
 def test_a_candidate_runs_on_whole_clusters_and_no_plan_takes_it():
@@ -61,10 +75,11 @@ def test_a_candidate_runs_on_whole_clusters_and_no_plan_takes_it():
 
 
 def test_parts_are_tried_where_their_clusters_fit_at_once():
-    parts = [tile for tile in sm90_tiles.CANDIDATES if tile.parts > 1]
+    tiles = (*sm90_tiles.TILES, *sm90_tiles.CANDIDATES)
+    parts = [tile for tile in tiles if tile.parts > 1]
     for tile in parts:
         wanted = [s for s in SHAPES if sm90_tiles.suits(tile, *s, tile.tokens)]
-        assert wanted
+        assert wanted, tile
         for shape in wanted:
             plan = sm90_tiles.plan_of(tile, *shape, tile.tokens)
             assert plan == sm90_tiles.Plan(tile, plan.ctas, False)
