@@ -10,7 +10,7 @@ power limit, which slows whatever is timed next: there all timings start after R
 
 `error` is relative to the float32 reference on the same packed numbers. Each cell is launched twice
 and must give equal bits. `act` is the activation kernel alone on inputs that are cold as well, and
-its share of the copy bandwidth. `with norm` is the chain after the RMSNorm before it in a model
+its share of the copy bandwidth. `--norms` adds the chain behind the RMSNorm before it in a model
 (SwiGLU where outputs are fewer than inputs): compiled by torch as a kernel of its own, and inside
 the activation kernel.
 
@@ -75,7 +75,7 @@ def cells(
                     "group": group,
                     "kernel": dispatch.choose(work, device).name,
                     "us": times(modules, x, timer),
-                    "norm": with_norm(modules, x, outputs, timer),
+                    "norm": with_norm(modules, x, outputs, timer) if options.norms else {},
                     "activation_bytes": x.nbytes + prepared.quantize(x)[0].nbytes,
                     "roofline_us": moved / bandwidth * 1e6,
                     "peers": peer_times[tokens],
@@ -182,7 +182,8 @@ def as_table(found: dict[str, Any], layout: Any) -> str:
     """`layout(headers, rows)` of every cell."""
     headers = ["N, K", "M", "branch", "FP8 us", "plain us", "overlapped us", "x plain"]
     headers += ["x overlapped", "roofline", "chain us", "x chain", "x bf16", "act us", "act"]
-    headers += ["with norm us", "fused us", "error"]
+    headers += ["with norm us", "fused us"] if found["cells"][0]["norm"] else []
+    headers.append("error")
     rows = []
     for cell in found["cells"]:
         us, fp8 = cell["us"], cell["peers"].get("fp8")
@@ -204,8 +205,7 @@ def as_table(found: dict[str, Any], layout: Any) -> str:
                 ratio(cell, "plain", "bf16"),
                 f"{us['activation']:.1f}",
                 f"{100 * quantizer:.0f}%",
-                f"{cell['norm']['apart']:.1f}",
-                f"{cell['norm']['fused']:.1f}",
+                *(f"{cell['norm'][how]:.1f}" for how in ("apart", "fused") if cell["norm"]),
                 f"{cell['error']:.1e}" + ("" if cell["repeats"] else " not repeatable"),
             ]
         )
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--peers", type=lambda text: text.split(","), default=["fp8", "bf16"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--candidates", action="store_true")
+    parser.add_argument("--norms", action="store_true", help="also time the chain behind a norm")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()

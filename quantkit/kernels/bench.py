@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,17 @@ def _bf16(outputs: int, width: int, device: torch.device) -> PeerCalls:
     return calls
 
 
+@cache
+def _fp8_quantizer() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """x [M, K] to E4M3 and a scale a token, compiled."""
+
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.abs().amax(-1, keepdim=True).float() / 448
+        return (x / scale).to(torch.float8_e4m3fn), scale
+
+    return compiled(quantize)
+
+
 def _fp8(outputs: int, width: int, device: torch.device) -> PeerCalls:
     """torch's W8A8: one scale a tensor or one a row, fast accumulation on and off; the best."""
     count = min(MOST_COPIES, max(2, -(-COLD_BYTES // (outputs * width))))
@@ -252,11 +263,7 @@ def _fp8(outputs: int, width: int, device: torch.device) -> PeerCalls:
     one = torch.ones((), device=device)
     rows = torch.ones(1, outputs, device=device)
 
-    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = x.abs().amax(-1, keepdim=True).float() / 448
-        return (x / scale).to(torch.float8_e4m3fn), scale
-
-    quantize = compiled(quantize)
+    quantize = _fp8_quantizer()
 
     def calls(x: Tensor, timer: Timer) -> dict[str, float]:
         codes, scale = quantize(x)

@@ -342,7 +342,7 @@ def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:
     tiles = (Tile(8, 3, 1, 2, 6, 2048, 2), Tile(256, 2, 1, 1, 5, 4096))
     monkeypatch.setattr(sm90_tiles, "CANDIDATES", tiles)
     options = argparse.Namespace(
-        shapes=[(192, 512)], tokens=(3, 200), peers=["bf16"], candidates=True, repeats=1
+        shapes=[(192, 512)], tokens=(3, 200), peers=["bf16"], candidates=True, norms=True, repeats=1
     )
     launches = []
 
