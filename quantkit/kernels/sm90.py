@@ -314,7 +314,7 @@ def gemm(
     if count == 0:
         return out
     plan = sm90_tiles.plan(outputs, width, count, _multiprocessors(tokens.device.index))
-    tile = sm90_tiles.careful(plan.tile) if dtype == torch.float32 else plan.tile
+    tile = plan.tile if dtype == torch.bfloat16 else sm90_tiles.careful(plan.tile)
     partials, flags = _workspace(tokens)
     if tile.tokens == 256 and width > tile.promote > 512:  # where the sums of a tile rest
         partials = tokens.new_empty(plan.ctas * tile.row_groups * ROWS * 256, dtype=torch.float32)

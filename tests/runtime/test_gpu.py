@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +27,16 @@ GROUP = 32
 
 
 @pytest.fixture(autouse=True)
-def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
     dispatch.forget()
     gpu = dispatch.capability(torch.device("cuda"))
     if isinstance(found := capability.find("mxfp4", "mxfp4", "bf16", gpu), str):
         pytest.skip(found)
+    yield
+    torch._dynamo.reset()
+    gc.collect()  # results of a compiled model lie in its graphs' memory
+    torch._inductor.cudagraph_trees.reset_cudagraph_trees()
 
 
 def packed_model(branch: str | None) -> Any:
@@ -155,7 +161,6 @@ def test_torch_compile_with_cuda_graphs(backend: str) -> None:
         compiled = torch.compile(model, backend=backend, mode=mode)
         for _ in range(4):
             got = compiled(ids, use_cache=False).logits.float().clone()
-    torch._dynamo.reset()
     if backend == "cudagraphs":
         assert torch.equal(got, want)
     assert (got - want).norm() / want.norm() < 0.02
