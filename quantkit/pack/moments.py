@@ -26,9 +26,10 @@ class SecondMoment:
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """total += y^T x (default: x^T x) for a batch's x and y [tokens, n]."""
-        y = x if y is None else y
-        exact = x.dtype == y.dtype == torch.bfloat16  # products of such values are exact in float32
-        x, y = x.float(), y.float()
+        exact = x.dtype == torch.bfloat16  # products of such values are exact in float32
+        exact = exact and (y is None or y.dtype == x.dtype)
+        x = x.float()
+        y = x if y is None else y.float()
         with in_bfloat16() if exact and x.device.type == "cpu" else nullcontext():
             product = y.t() @ x
         self.total += product
@@ -46,7 +47,8 @@ def token_scales(x: Tensor) -> Tensor:
     is rounded for: an attention sink's input of `down_proj` can have a thousand times the energy
     of any other's, and rounding would keep its output, which the next norm divides by as much.
     """
-    size = x.float().square().mean(1, keepdim=True).sqrt()
+    size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    size = size * x.shape[1] ** -0.5
     return power_of_two((1 - torch.frexp(size).exponent).clamp(-120, 120)).to(x.dtype)
 
 
