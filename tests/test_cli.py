@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -274,3 +275,30 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+@pytest.mark.parametrize(
+    ("cpus", "runnable", "setting"),
+    [
+        (2, 0, "GOMP_SPINCOUNT"),
+        (2, 1, "OMP_WAIT_POLICY"),
+        (64, 31, "GOMP_SPINCOUNT"),
+        (64, 40, "OMP_WAIT_POLICY"),
+        (1, sys.maxsize, "OMP_WAIT_POLICY"),
+    ],
+)
+def test_threads_sleep_on_a_busy_machine(cpus: int, runnable: int, setting: str) -> None:
+    assert set(cli._thread_settings(cpus, runnable)) == {setting}
+
+
+def test_the_users_own_thread_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, quantkit.cli; print(sorted(k for k in os.environ if 'OMP_' in k))"
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    assert run([sys.executable, "-c", code]).stdout.strip() in (
+        "['OMP_WAIT_POLICY']",
+        "['GOMP_SPINCOUNT']",
+    )
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert run([sys.executable, "-c", code]).stdout.strip() == "['GOMP_SPINCOUNT']"
