@@ -165,7 +165,7 @@ def measure(
             "excess": excess.mean,
             "stderr": excess.stderr,
             "perplexity": summarise(nll).perplexity,
-            "rounded_on": options.samples or "all windows of the calibration",
+            "rounded_on": options.samples or "as many windows as pack takes by itself",
             "pack_seconds": round(seconds, 1),
             "kernels": sorted(dispatch.summary()),
         }
