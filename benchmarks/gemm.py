@@ -14,6 +14,10 @@ its share of the copy bandwidth. `--norms` adds the chain behind the RMSNorm bef
 (SwiGLU where outputs are fewer than inputs): compiled by torch as a kernel of its own, and inside
 the activation kernel.
 
+Where humming-kernels is installed its W4A8 is a peer too: MXFP4 weights and E4M3 activations, whose
+launches do not overlap; `x W4A8` is its time over ours launched plainly, `x W4A8 chain` with each
+one's quantizer. What a peer cannot do is said in its row.
+
 `--candidates` also times the Hopper tiles that no plan takes yet.
 """
 
@@ -35,7 +39,7 @@ from torch.nn.functional import silu
 
 from quantkit import console
 from quantkit.errors import QuantkitError
-from quantkit.kernels import bench, dispatch, jit, reference, sm90, sm90_tiles
+from quantkit.kernels import bench, bench_humming, dispatch, jit, reference, sm90, sm90_tiles
 from quantkit.pack.scheme import SiteFormat
 
 BRANCHES = ((None, 0), ("bf16", 32), ("fp8", 64))  # branch, one outlier channel of so many
@@ -48,7 +52,10 @@ def cells(
 ) -> Iterator[dict[str, Any]]:
     """One dictionary a shape, branch and number of tokens."""
     for outputs, width in options.shapes:
-        peers = {name: bench.PEERS[name](outputs, width, device) for name in options.peers}
+        peers = {
+            name: attempt(name, partial(bench.PEERS[name], outputs, width, device))
+            for name in options.peers
+        }
         peer_times: dict[int, dict[str, dict[str, float]]] = {}
         for branch, group in BRANCHES:
             asked = bench.Options(branch=branch, group=group or 32)
@@ -65,7 +72,10 @@ def cells(
                 rest = REST if tokens > sm90_tiles.PREFILL else 0.0
                 timer = partial(bench.graph_time, repeats=options.repeats, rest=rest)
                 if tokens not in peer_times:
-                    peer_times[tokens] = {n: calls(x, timer) for n, calls in peers.items()}
+                    peer_times[tokens] = {
+                        name: attempt(name, partial(calls, x, timer)) if callable(calls) else calls
+                        for name, calls in peers.items()
+                    }
                 moved = own_bytes + 2 * tokens * (width + outputs)
                 yield {
                     "outputs": outputs,
@@ -84,6 +94,15 @@ def cells(
                 }
             del prepared, modules, tensors
             gc.collect()
+
+
+def attempt(name: str, call: Callable[[], Any]) -> Any:
+    """What `call` returns, or why this peer cannot do it: the run goes on without."""
+    try:
+        return call()
+    except QuantkitError as error:
+        console.note(f"{name}: {error.message}")
+        return {"failed": error.message}
 
 
 def times(modules: list[Any], x: Tensor, timer: bench.Timer) -> dict[str, float]:
@@ -174,19 +193,27 @@ def correctness(
 
 def ratio(cell: dict[str, Any], ours: str, peer: str = "fp8", theirs: str = "gemm") -> str:
     """The peer's time over ours."""
-    times = cell["peers"].get(peer)
-    return f"{times[theirs] / cell['us'][ours]:.2f}" if times else "-"
+    times = cell["peers"].get(peer, {})
+    return f"{times[theirs] / cell['us'][ours]:.2f}" if theirs in times else "-"
+
+
+def microseconds(cell: dict[str, Any], peer: str) -> str:
+    """The peer's GEMM alone, or why there is none."""
+    times = cell["peers"].get(peer, {})
+    return f"{times['gemm']:.1f}" if "gemm" in times else times.get("failed", "-")
 
 
 def as_table(found: dict[str, Any], layout: Any) -> str:
     """`layout(headers, rows)` of every cell."""
     headers = ["N, K", "M", "branch", "FP8 us", "plain us", "overlapped us", "x plain"]
     headers += ["x overlapped", "roofline", "chain us", "x chain", "x bf16", "act us", "act"]
+    humming = "humming" in found["cells"][0]["peers"]
+    headers += ["W4A8 us", "x W4A8", "x W4A8 chain"] if humming else []
     headers += ["with norm us", "fused us"] if found["cells"][0]["norm"] else []
     headers.append("error")
     rows = []
     for cell in found["cells"]:
-        us, fp8 = cell["us"], cell["peers"].get("fp8")
+        us = cell["us"]
         share = cell["roofline_us"] / us["plain"]
         quantizer = cell["activation_bytes"] / found["bandwidth"] * 1e6 / us["activation"]
         rows.append(
@@ -194,7 +221,7 @@ def as_table(found: dict[str, Any], layout: Any) -> str:
                 f"{cell['outputs']}, {cell['width']}",
                 cell["tokens"],
                 f"{cell['branch']} 1/{cell['group']}" if cell["branch"] else "none",
-                f"{fp8['gemm']:.1f}" if fp8 else "-",
+                microseconds(cell, "fp8"),
                 f"{us['plain']:.1f}",
                 f"{us['overlapped']:.1f}",
                 ratio(cell, "plain"),
@@ -205,11 +232,18 @@ def as_table(found: dict[str, Any], layout: Any) -> str:
                 ratio(cell, "plain", "bf16"),
                 f"{us['activation']:.1f}",
                 f"{100 * quantizer:.0f}%",
+                *(w4a8(cell) if humming else ()),
                 *(f"{cell['norm'][how]:.1f}" for how in ("apart", "fused") if cell["norm"]),
                 f"{cell['error']:.1e}" + ("" if cell["repeats"] else " not repeatable"),
             ]
         )
     return layout(headers, rows)
+
+
+def w4a8(cell: dict[str, Any]) -> tuple[str, str, str]:
+    """humming-kernels' time, and it over ours: GEMMs launched plainly, as theirs is, and chains."""
+    chain = ratio(cell, "chain", "humming", "chain")
+    return microseconds(cell, "humming"), ratio(cell, "plain", "humming"), chain
 
 
 def tried(found: dict[str, Any]) -> list[str]:
@@ -234,8 +268,9 @@ def markdown(headers: list[str], rows: list[list[Any]]) -> str:
 
 def title(found: dict[str, Any]) -> str:
     """Where and against what."""
+    others = f", W4A8 of humming-kernels {found['humming']}" if found["humming"] else ""
     return (
-        f"{found['device']}, torch {found['torch']}, MXFP4 x MXFP4, copies at "
+        f"{found['device']}, torch {found['torch']}, MXFP4 x MXFP4{others}, copies at "
         f"{found['bandwidth'] / 1e12:.2f} TB/s"
     )
 
@@ -247,13 +282,18 @@ def build(tiles: Sequence[sm90_tiles.Tile]) -> None:
         list(pool.map(lambda text: jit.compile(text, "sm90_gemm", sm90.ARCH), texts))
 
 
+def default_peers() -> list[str]:
+    """torch's, and humming-kernels' where it is installed."""
+    return ["fp8", "bf16", *(["humming"] if bench_humming.version() else [])]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     numbers = lambda text: tuple(int(part) for part in text.split(","))  # noqa: E731
     parser.add_argument("--shape", type=numbers, action="append", dest="shapes", metavar="N,K")
     parser.add_argument("--tokens", type=numbers, default=(1, 8, 16, 32, 64, 2048, 8192))
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=["fp8", "bf16"])
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=default_peers())
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--candidates", action="store_true")
     parser.add_argument("--norms", action="store_true", help="also time the chain behind a norm")
@@ -270,6 +310,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
+        "humming": bench_humming.version() if "humming" in options.peers else None,
         "bandwidth": bench.copy_bandwidth(timer, device),
         "cells": [],
     }

@@ -30,7 +30,9 @@ def run(
     group: Annotated[
         int, typer.Option(min=1, help="One channel of each such group is in the branch.")
     ] = 32,
-    peers: Annotated[str, typer.Option(help="bf16, fp8, with commas, or none.")] = "bf16,fp8",
+    peers: Annotated[
+        str, typer.Option(help="bf16, fp8, humming, with commas, or none.")
+    ] = "bf16,fp8",
     repeats: Annotated[int, typer.Option(min=1, help="Replays; the median counts.")] = 15,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Also write the JSON result to a file.")

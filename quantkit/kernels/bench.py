@@ -3,7 +3,8 @@
 A measurement is a CUDA graph of a chain of calls, each on its own copy of the weights, so that
 nothing of them is left in L2 from the call before, and no launch waits for the host. `chain` is
 activation quantization and GEMM, `gemm` the GEMM alone on operands quantized before. FP8 is the
-best of torch's scaled_mm variants, with its own per-token quantization in the chain. Our launches
+best of torch's scaled_mm variants, with its own per-token quantization in the chain; the peer
+`humming` is W4A8 of humming-kernels, which need not be installed. Our launches
 overlap as they do in a model (programmatic dependent launch); `benchmarks/gemm.py` times both ways.
 """
 
@@ -158,7 +159,7 @@ def packed_linear(
 ) -> tuple[dispatch.Work, dict[str, Tensor]]:
     """Return a random packed linear [outputs, width] and what it computes."""
     generator = torch.Generator(device).manual_seed(outputs + width)
-    tensors = _packed_weight(options.weights, outputs, width, device, generator)
+    tensors = packed_weight(options.weights, outputs, width, device, generator)
     outliers = 0
     if options.branch is not None:
         channels = torch.arange(0, width, options.group, dtype=torch.int32, device=device)
@@ -180,7 +181,7 @@ def packed_linear(
     return work, tensors
 
 
-def _packed_weight(
+def packed_weight(
     name: str, outputs: int, width: int, device: torch.device, generator: torch.Generator
 ) -> dict[str, Tensor]:
     parts: list[tuple[Tensor, ...]] = []
@@ -298,7 +299,18 @@ def _fp8(outputs: int, width: int, device: torch.device) -> PeerCalls:
     return calls
 
 
-PEERS: dict[str, Callable[[int, int, torch.device], PeerCalls]] = {"bf16": _bf16, "fp8": _fp8}
+def _humming(outputs: int, width: int, device: torch.device) -> PeerCalls:
+    """humming-kernels' W4A8, where it is installed."""
+    from quantkit.kernels import bench_humming
+
+    return bench_humming.peer(outputs, width, device)
+
+
+PEERS: dict[str, Callable[[int, int, torch.device], PeerCalls]] = {
+    "bf16": _bf16,
+    "fp8": _fp8,
+    "humming": _humming,
+}
 
 
 def write(found: dict[str, Any], path: Path) -> None:
