@@ -315,9 +315,11 @@ def gemm(
         return out
     plan = sm90_tiles.plan(outputs, width, count, _multiprocessors(tokens.device.index))
     tile = plan.tile if dtype == torch.bfloat16 else sm90_tiles.careful(plan.tile)
-    partials, flags = _workspace(tokens)
-    if tile.tokens == 256 and width > tile.promote > 512:  # where the sums of a tile rest
-        partials = tokens.new_empty(plan.ctas * tile.row_groups * ROWS * 256, dtype=torch.float32)
+    sums = 0  # of tiles, in memory: parts of split ones, or where long running sums rest
+    if plan.split or (tile.tokens == 256 and width > tile.promote > 512):
+        sums = plan.ctas * tile.row_groups * ROWS * tile.tokens
+    partials = _partials(tokens, sums)
+    flags = _flags_of_stream(tokens.device)
     bricks = -(-width // sm90_tiles.BRICK_COLUMNS[form])
     args = GemmArguments(
         weights=weights.data_ptr(),
@@ -361,40 +363,38 @@ def _(
     return tokens.new_empty(count, outputs, dtype=dtype)
 
 
-Workspace = tuple[Tensor, Tensor]  # partial sums, flags (zero between launches)
-_workspaces: dict[tuple[int, int], Workspace] = {}  # by device and stream
-_spare: dict[int, list[Workspace]] = {}
+STREAMS = 256  # of a device that use kernels; torch itself hands out fewer
+_flags: dict[int, Tensor] = {}  # by device: a row a stream, zero between launches
+_rows: dict[tuple[int, int], Tensor] = {}  # by device and stream
 _sms: dict[int, int] = {}
-SPARE = 4  # streams of a device that use kernels: the default one, those of graph captures
 
 
 def reserve(device: torch.device) -> None:
-    """Allocate workspaces ahead of their use.
+    """Allocate the flags of split tiles ahead of their use.
 
     Inside the capture of a CUDA graph, and in the warm-up of those of torch.compile, a new tensor
-    would live in the graph's own memory.
+    that stays would live in the graph's own memory.
     """
-    if device.index not in _spare:
-        _spare[device.index] = [_new_workspace(device) for _ in range(SPARE)]
+    if device.index not in _flags:
+        shape = STREAMS, _multiprocessors(device.index)
+        _flags[device.index] = torch.zeros(shape, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)  # other streams read them
 
 
-def _new_workspace(device: torch.device) -> Workspace:
-    """What the split schedule needs at most, so that graphs captured earlier stay valid."""
-    ctas = _multiprocessors(device.index)
-    slot = max(t.row_groups * ROWS * t.tokens for t in sm90_tiles.TILES if t.tokens <= 64)
-    return (
-        torch.empty(ctas * slot, dtype=torch.float32, device=device),
-        torch.zeros(ctas, dtype=torch.int32, device=device),
-    )
+def _partials(like: Tensor, sums: int) -> Tensor:
+    return like.new_empty(sums, dtype=torch.float32)
 
 
-def _workspace(like: Tensor) -> Workspace:
-    """The workspace of the current stream: launches of one stream follow one another."""
-    key = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
-    if key not in _workspaces:
-        spare = _spare.get(like.device.index)
-        _workspaces[key] = spare.pop() if spare else _new_workspace(like.device)
-    return _workspaces[key]
+def _flags_of_stream(device: torch.device) -> Tensor:
+    """Flags of the current stream: launches of one stream follow one another."""
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    if key not in _rows:
+        reserve(device)
+        taken = sum(index == device.index for index, _ in _rows)
+        if taken == STREAMS:
+            raise QuantkitError(f"kernels ran on {STREAMS} streams of {device}; no flags are left")
+        _rows[key] = _flags[device.index][taken]
+    return _rows[key]
 
 
 def _multiprocessors(device: int) -> int:

@@ -64,12 +64,12 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 
 def run_on(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sm90.py launch emulated kernels on a GPU of SMS multiprocessors."""
-    slot = max(t.row_groups * 64 * t.tokens for t in sm90_tiles.TILES)
-    workspace = torch.full((SMS * slot,), torch.nan), torch.zeros(SMS, dtype=torch.int32)
+    flags = torch.zeros(SMS, dtype=torch.int32)
     monkeypatch.setattr(sm90.jit, "load", emulator.load)
     monkeypatch.setattr(sm90, "_stream", lambda x: None)
     monkeypatch.setattr(sm90, "_multiprocessors", lambda device: SMS)
-    monkeypatch.setattr(sm90, "_workspace", lambda like: workspace)
+    monkeypatch.setattr(sm90, "_partials", lambda like, sums: torch.full((sums,), torch.nan))
+    monkeypatch.setattr(sm90, "_flags_of_stream", lambda device: flags)
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:

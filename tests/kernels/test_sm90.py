@@ -11,6 +11,7 @@ from functools import cache
 import pytest
 import torch
 
+from quantkit.errors import QuantkitError
 from quantkit.formats import mxfp4
 from quantkit.kernels import capability, dispatch, jit, reference, sm90, sm90_tiles
 from quantkit.pack.scheme import SiteFormat
@@ -140,23 +141,31 @@ def test_bfloat16_products_compile_without_spills_or_serialized_wgmma(built, for
     assert " 0 bytes spill stores" in log
 
 
-def test_streams_take_workspaces_made_before_any_capture(monkeypatch):
-    made, stream = [], [11]
-    monkeypatch.setattr(sm90, "_spare", {})
-    monkeypatch.setattr(sm90, "_workspaces", {})
-    monkeypatch.setattr(sm90, "_new_workspace", lambda device: made.append(device) or len(made))
+def test_streams_have_flags_of_their_own_made_before_any_capture(monkeypatch):
+    made, stream, device = [], [11], torch.device("cuda:0")
+    zeros = torch.zeros
+    monkeypatch.setattr(sm90, "_flags", {})
+    monkeypatch.setattr(sm90, "_rows", {})
+    monkeypatch.setattr(sm90, "_multiprocessors", lambda index: 4)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     current = type("Stream", (), {"cuda_stream": property(lambda self: stream[0])})()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    like = type("Like", (), {"device": torch.device("cuda:0")})()
-    sm90.reserve(like.device)
-    sm90.reserve(like.device)
-    assert len(made) == sm90.SPARE
-    first = sm90._workspace(like)
-    stream[0] = 12
-    assert sm90._workspace(like) != first
-    stream[0] = 11
-    assert sm90._workspace(like) == first
-    assert len(made) == sm90.SPARE
+    monkeypatch.setattr(
+        torch, "zeros", lambda shape, dtype, device: made.append(shape) or zeros(shape, dtype=dtype)
+    )
+    sm90.reserve(device)
+    sm90.reserve(device)
+    rows = []
+    for handle in range(sm90.STREAMS):
+        stream[0] = handle
+        rows.append(sm90._flags_of_stream(device).data_ptr())
+    assert len(set(rows)) == sm90.STREAMS
+    stream[0] = 7
+    assert sm90._flags_of_stream(device).data_ptr() == rows[7]
+    assert made == [(sm90.STREAMS, 4)]
+    stream[0] = sm90.STREAMS
+    with pytest.raises(QuantkitError, match="no flags are left"):
+        sm90._flags_of_stream(device)
 
 
 # ---- on the GPU
