@@ -200,7 +200,8 @@ def ratio(cell: dict[str, Any], ours: str, peer: str = "fp8", theirs: str = "gem
 def microseconds(cell: dict[str, Any], peer: str) -> str:
     """The peer's GEMM alone, or why there is none."""
     times = cell["peers"].get(peer, {})
-    return f"{times['gemm']:.1f}" if "gemm" in times else times.get("failed", "-")
+    why = times.get("failed", "-").replace("|", "/")[:80]  # the JSON has it whole
+    return f"{times['gemm']:.1f}" if "gemm" in times else why
 
 
 def as_table(found: dict[str, Any], layout: Any) -> str:

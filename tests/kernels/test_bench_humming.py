@@ -119,13 +119,16 @@ def cell(**peers: dict[str, Any]) -> dict[str, Any]:
 def test_its_times_and_failures_have_columns_of_their_own() -> None:
     fp8 = {"chain": 9.0, "gemm": 5.0}
     times = {"chain": 12.0, "gemm": 6.0, "error": 1e-3}
-    cells = [cell(fp8=fp8, humming=times), cell(fp8=fp8, humming={"failed": "no such tile"})]
+    cells = [
+        cell(fp8=fp8, humming=times),
+        cell(fp8=fp8, humming={"failed": "no tile | " + 99 * "x"}),
+    ]
     lines = gemm.as_table({"bandwidth": 1e12, "cells": cells}, gemm.markdown).splitlines()
     headers, first, second = ([part.strip() for part in lines[i].split("|")] for i in (0, 2, 3))
     assert len(headers) == len(first) == len(second)
     place = headers.index("W4A8 us")
     assert headers[place + 1 : place + 3] == ["x W4A8", "x W4A8 chain"]
     assert first[place : place + 3] == ["6.0", "1.50", "1.50"]
-    assert second[place : place + 3] == ["no such tile", "-", "-"]
+    assert second[place : place + 3] == ["no tile / " + 70 * "x", "-", "-"]
     alone = gemm.as_table({"bandwidth": 1e12, "cells": [cell(fp8=fp8)]}, gemm.markdown)
     assert "W4A8" not in alone
