@@ -44,7 +44,7 @@ def _hopper_bf16(weights: str, activations: str) -> Kernel:
         arch="sm_90a",
         weights=weights,
         activations=activations,
-        branches=(None,),
+        branches=(None, "bf16", "fp8"),
         module="sm90_wide",
         nvcc=(12, 3),
         ran=True,

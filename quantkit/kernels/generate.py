@@ -118,8 +118,9 @@ def _hopper_sources(kernel: Kernel) -> Iterator[Source]:
 def _hopper_bf16_sources(kernel: Kernel) -> Iterator[Source]:
     form = f"{'mxfp8' if kernel.weights == 'mxfp8' else 'fp4'} in bf16"
     for tile in sm90_tiles.TILES:
-        text = sm90_tiles.gemm_text(tile, form, None)
-        yield Source(text, "sm90_gemm", kernel.arch)
+        for branch in kernel.branches:
+            text = sm90_tiles.gemm_text(tile, form, branch)
+            yield Source(text, "sm90_gemm", kernel.arch)
 
 
 _FAMILIES = {

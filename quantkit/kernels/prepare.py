@@ -24,6 +24,7 @@ ROWS = 64  # of a brick
 COLUMNS = 128
 BRICK_BYTES = ROWS * COLUMNS // 2 + ROWS * COLUMNS // 64  # codes, 4-bit exponents
 BRANCH_COLUMNS = {"bf16": 32, "fp8": 64}  # of a branch brick: 64 bytes a row
+BRANCH_BRICK_BYTES = ROWS * 64
 OCTAVES = 16
 _BIAS = 7  # the kernel decodes a code as its value times 2^(exponent - 8)
 
@@ -186,17 +187,20 @@ def _bricks_of(bytes_: Tensor, relative: Tensor, fits: Tensor) -> Tensor:
 
 def _branch(weight: Tensor, own_scale: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Branch weights [out, k] to bricks, and what multiplies their sums beside the row scale."""
-    rows, k = weight.shape
-    columns = BRANCH_COLUMNS["bf16" if weight.dtype == torch.bfloat16 else "fp8"]
+    rows = weight.shape[0]
     factor = torch.ones_like(scale)
     if weight.dtype == torch.bfloat16:
-        values = pad(weight.float(), (0, 0, 0, scale.shape[0] - rows)) / scale[:, None]
-        weight = values.to(torch.bfloat16)  # exact: the row scale is a power of two
+        weight = weight / scale[:rows, None]  # exact: the row scale is a power of two
+        weight = weight.to(torch.bfloat16)
     else:
         assert own_scale is not None
         factor[:rows] = own_scale.float().reshape(-1) / scale[:rows]
-        weight = weight.view(torch.uint8)
-    weight = pad(weight, (0, -k % columns, 0, scale.shape[0] - weight.shape[0])).contiguous()
-    bytes_ = weight.view(torch.uint8).reshape(scale.shape[0], -1, 2, 32)
-    bricks = _fragments(bytes_).reshape(scale.shape[0] // ROWS, -1, 4096)
-    return pad(bricks, (0, BRICK_BYTES - 4096)), factor
+    return pad(branch_bricks(weight), (0, BRICK_BYTES - BRANCH_BRICK_BYTES)), factor
+
+
+def branch_bricks(weight: Tensor) -> Tensor:
+    """Branch weights [out, k], bfloat16 or float8_e4m3fn, to bricks [row blocks, bricks, bytes]."""
+    bytes_ = weight.contiguous().view(torch.uint8)
+    bytes_ = pad(bytes_, (0, -bytes_.shape[1] % 64, 0, -len(bytes_) % ROWS))
+    fragments = _fragments(bytes_.unflatten(1, (-1, 2, 32)))
+    return fragments.reshape(len(bytes_) // ROWS, -1, BRANCH_BRICK_BYTES)

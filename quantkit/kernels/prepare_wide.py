@@ -5,6 +5,9 @@ order of wgmma's A fragment, then the scales. E2M1 times an E4M3 scale, and E2M1
 power of two, are bfloat16 numbers, so the decoded weights are exact; what a row's scales have in
 common is a float32 constant of the row. FP4 takes 5 bits a weight (a bfloat16 scale for 16
 columns), MXFP8 8.25. Rows and columns are padded with zeros.
+
+The branch keeps its own numbers: its sum is divided by the row constant instead. Its bricks follow
+the main ones of a row block, padded to their size where that is larger.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit.kernels.prepare import ROWS, Plane
+from quantkit.kernels.prepare import BRANCH_BRICK_BYTES, ROWS, Plane, branch_bricks
 
 COLUMNS = 64
 
@@ -25,7 +28,9 @@ def prepare_fp4(tensors: Mapping[str, Tensor]) -> Plane:
 
     NVFP4: scales float8_e4m3fn [out, in/16] and `weight_global_scale` float32 [1], the divisor.
     MXFP4: scales E8M0 uint8 [out, in/32]; blocks more than 126 octaves below the largest of their
-    row vanish. `bias` [out] is added where there is one.
+    row vanish. `bias` [out] is added where there is one; so is a branch, `outlier_weight` [out, k]
+    bfloat16 or float8_e4m3fn with `outlier_weight_scale` float32 [out]. The plane's weights are
+    [row blocks, bytes].
     """
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
     rows, width = packed.shape[0], packed.shape[1] * 2
@@ -39,14 +44,14 @@ def prepare_fp4(tensors: Mapping[str, Tensor]) -> Plane:
     scales = pad(scales, (0, -scales.shape[1] % 4, 0, -rows % ROWS))
     bytes_ = pad(packed, (0, -packed.shape[1] % (COLUMNS // 2), 0, -rows % ROWS))
     bricks = -(-width // COLUMNS)
-    return Plane(_in_parts(_fp4, bytes_, scales, bricks), _constants(tensors, common), None)
+    return _plane(tensors, _in_parts(_fp4, bytes_, scales, bricks), common)
 
 
 def prepare_mxfp8(tensors: Mapping[str, Tensor]) -> Plane:
     """Lay out an MXFP8 linear: `weight` float8_e4m3fn [out, in], `weight_scale` E8M0 [out, in/32].
 
-    Blocks more than 246 octaves below the largest of their row vanish. `bias` [out] is added where
-    there is one.
+    Blocks more than 246 octaves below the largest of their row vanish. `bias` and branch are those
+    of `prepare_fp4`.
     """
     weight, scale = tensors["weight"], tensors["weight_scale"]
     rows, width = weight.shape
@@ -56,24 +61,34 @@ def prepare_mxfp8(tensors: Mapping[str, Tensor]) -> Plane:
     exponent = pad(exponent, (0, -exponent.shape[1] % 2, 0, -rows % ROWS))
     codes = pad(weight.view(torch.uint8), (0, -width % COLUMNS, 0, -rows % ROWS))
     bricks = codes.shape[1] // COLUMNS
-    return Plane(_in_parts(_mxfp8, codes, exponent, bricks), _constants(tensors, common), None)
+    return _plane(tensors, _in_parts(_mxfp8, codes, exponent, bricks), common)
 
 
 def _relative(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """E8M0 scales [out, blocks]: the largest of each row as a number, octaves below it."""
+    """E8M0 scales [out, blocks]: the largest of each row as a number, octaves below it.
+
+    That number is at least 2^-63, so that a branch divided by it stays in range.
+    """
     exponent = scale.int()
-    top = exponent.amax(1, keepdim=True)
+    top = exponent.amax(1, keepdim=True).clamp(min=64)
     common = torch.ldexp(torch.ones_like(top[:, 0], dtype=torch.float32), top[:, 0] - 127)
     return common.masked_fill(top[:, 0] == 255, torch.nan), top - exponent
 
 
-def _constants(tensors: Mapping[str, Tensor], common: Tensor) -> Tensor:
+def _plane(tensors: Mapping[str, Tensor], bricks: Tensor, common: Tensor) -> Plane:
+    """Main bricks [row blocks, bricks, bytes] and row constants with bias and branch."""
     rows = len(common)
     constants = common.new_zeros(rows + -rows % ROWS, 4)
     constants[:rows, 0] = common
     if tensors.get("bias") is not None:
         constants[:rows, 1] = tensors["bias"].float()
-    return constants
+    parts = [bricks.flatten(1)]
+    if "outlier_weight" in tensors:
+        branch = branch_bricks(tensors["outlier_weight"])
+        parts.append(pad(branch, (0, max(0, bricks.shape[2] - BRANCH_BRICK_BYTES))).flatten(1))
+        own = tensors.get("outlier_weight_scale")
+        constants[:rows, 2] = (1 if own is None else own.float().reshape(-1)) / common
+    return Plane(torch.cat(parts, 1), constants, None)
 
 
 def _in_parts(

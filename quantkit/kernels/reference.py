@@ -171,6 +171,12 @@ def branch_input(x: Tensor, fmt: SiteFormat) -> Tensor:
     """
     if fmt.branch != "fp8" or x.shape[-1] == 0:
         return x
+    values, scale = fp8_tokens(x)
+    return (values * scale).to(x.dtype)
+
+
+def fp8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Separated channels [.., k] for an FP8 branch: E4M3 values as float32, scales [.., 1]."""
     exponent = scale_exponent(x.abs().amax(-1, keepdim=True), E4M3, "even").clamp(-126, 126)
     scale = power_of_two(exponent)
-    return (round_to_element(x.float() / scale, E4M3) * scale).to(x.dtype)
+    return round_to_element(x.float() / scale, E4M3), scale

@@ -306,7 +306,7 @@ def gemm(
     outputs: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Token tiles of `count` tokens times `weights` [row blocks, bricks, bytes]: [count, outputs].
+    """Token tiles of `count` tokens times `weights` [row blocks, ...]: [count, outputs].
 
     `rows` are the row constants of `prepare.Plane`, `form` the weight format, `width` K.
     """
@@ -320,7 +320,9 @@ def gemm(
         sums = plan.ctas * tile.row_groups * ROWS * tile.tokens
     partials = _partials(tokens, sums)
     flags = _flags_of_stream(tokens.device)
-    bricks = -(-width // sm90_tiles.BRICK_COLUMNS[form])
+    bricks, branch_bricks = -(-width // sm90_tiles.BRICK_COLUMNS[form]), 0
+    if branch is not None:
+        branch_bricks = (tokens.shape[1] // plan.tile.tokens - 128 * bricks) // 64
     args = GemmArguments(
         weights=weights.data_ptr(),
         tokens=tokens.data_ptr(),
@@ -336,7 +338,7 @@ def gemm(
         row_tiles=-(-weights.shape[0] // tile.row_groups),
         token_tiles=len(tokens),
         bricks=bricks,
-        branch_bricks=0 if branch is None else weights.shape[1] - bricks,
+        branch_bricks=branch_bricks,
         split=plan.split,
         ahead=2,
         out_type=OUTPUT_TYPES.index(dtype),

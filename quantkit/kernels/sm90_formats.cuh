@@ -130,8 +130,10 @@ struct Mxfp8InBf16 {
   }
 };
 
-// The branch: outlier columns kept in 16 or 8 bits, in fragment order, two k-steps a brick (padded
-// to the stride of the main bricks). Tokens come 64 bytes a token.
+// The branch: outlier columns kept in 16 or 8 bits, in fragment order, two k-steps a brick: 4 KB, or
+// padded to a main brick where that is larger. Tokens come 64 bytes a token.
+constexpr int kBranchBrick = 64 * 64;
+
 struct NoBranch {
   static constexpr bool kPresent = false;
 };
@@ -139,6 +141,12 @@ struct NoBranch {
 struct Bf16Branch {  // weights divided by the row scale, activations by the token scale: exact
   using Element = cutlass::bfloat16_t;
   static constexpr bool kPresent = true, kScaled = false;
+  static constexpr int kStepElements = 16;
+};
+
+struct ScaledBf16Branch {  // as it is, where the scales are no powers of two
+  using Element = cutlass::bfloat16_t;
+  static constexpr bool kPresent = true, kScaled = true;
   static constexpr int kStepElements = 16;
 };
 

@@ -38,9 +38,9 @@ struct Consumer {
     pending = -1;
   }
 
-  CUTLASS_DEVICE uint32_t weights(int stage, int brick) const {
+  CUTLASS_DEVICE uint32_t weights(int stage, int brick, int brick_bytes = Format::kBytes) const {
     return shared.stage(stage) + T::kWeightsAt +
-           ((row_group * T::kKGroups + k_group) * kBricks + brick) * Format::kBytes;
+           ((row_group * T::kKGroups + k_group) * kBricks + brick) * brick_bytes;
   }
   CUTLASS_DEVICE uint32_t tokens(int stage, int brick, int brick_bytes) const {
     return shared.stage(stage) + (k_group * kBricks + brick) * brick_bytes;
@@ -74,7 +74,7 @@ struct Consumer {
       uint32_t a[IsBranch ? 2 : 4][4];
       uint64_t b;
       if constexpr (IsBranch) {
-        load_branch(a, weights(ring.stage, j), thread);
+        load_branch(a, weights(ring.stage, j, T::kBranchBytes), thread);
         b = descriptor<64>(tokens(ring.stage, j, T::kBranchTokenBrick));
       } else {
         Format::decode(a, weights(ring.stage, j), thread);
@@ -207,7 +207,7 @@ struct Consumer {
       for (; step < work.end; ++step) {
         shared.full[ring.stage].wait(ring.phase);
         uint32_t a[1][2][4];
-        load_branch(a[0], weights(ring.stage, 0), thread);
+        load_branch(a[0], weights(ring.stage, 0, T::kBranchBytes), thread);
         uint64_t const b[1] = {descriptor<64>(tokens(ring.stage, 0, T::kBranchTokenBrick))};
         wide<Op>(a, b, 64, rows, Branch::kScaled ? scales : 0);
         release(ring.stage);

@@ -2,6 +2,8 @@
 // that hand partial sums from CTA to CTA.
 #pragma once
 
+#include <numeric>
+
 #include "sm90_epilogue.cuh"
 #include "sm90_formats.cuh"
 
@@ -36,8 +38,11 @@ struct Tile {
   static constexpr int kStepBricks = kKGroups * kBricks;
   static constexpr int kTokenBrick = kTokens * 128, kBranchTokenBrick = kTokens * 64;
   static constexpr int kWeightsAt = kStepBricks * kTokenBrick;  // inside a stage
+  static constexpr int kBranchBytes =
+      Format::kBytes > kBranchBrick ? Format::kBytes : kBranchBrick;
+  static constexpr int kLargestBrick = Branch::kPresent ? kBranchBytes : Format::kBytes;
   static constexpr int kStageBytes =
-      (kWeightsAt + kRowGroups * kStepBricks * Format::kBytes + 1023) / 1024 * 1024;
+      (kWeightsAt + kRowGroups * kStepBricks * kLargestBrick + 1023) / 1024 * 1024;
 
   // After the stages: one epilogue area a row group, one set of token scales a warpgroup, sums that
   // other CTAs send, barriers.
@@ -157,7 +162,10 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared, int 
   uint64_t const keep = evict_last_policy();
   int const main = ceil_div(args.bricks, T::kStepBricks);
   int const main_at = T::kResting ? args.branch_bricks : 0, branch_at = T::kResting ? 0 : main;
-  int const row_stride = args.bricks + args.branch_bricks;
+  // In units of which both kinds of bricks are multiples.
+  constexpr int kUnit = std::gcd(T::Format::kBytes, T::kBranchBytes);
+  int const main_units = args.bricks * (T::Format::kBytes / kUnit);
+  int const row_stride = main_units + args.branch_bricks * (T::kBranchBytes / kUnit);
   int const ahead = min(args.ahead, T::kStages);
   for (int pass = ahead ? first_pass : max(first_pass, 1); pass < passes; ++pass) {
     if (pass == 1) cutlass::arch::wait_on_dependent_grids();
@@ -176,7 +184,8 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared, int 
         int const first = (branch ? step - branch_at : step - main_at) * T::kStepBricks;
         int const bricks = min(T::kStepBricks, (branch ? args.branch_bricks : args.bricks) - first);
         int const token_brick = branch ? T::kBranchTokenBrick : T::kTokenBrick;
-        int const weight_bytes = bricks * T::Format::kBytes, token_bytes = bricks * token_brick;
+        int const brick = branch ? T::kBranchBytes : T::Format::kBytes;
+        int const weight_bytes = bricks * brick, token_bytes = bricks * token_brick;
         FullBarrier& full = shared.full[ring.stage];
         bool const fetched = pass == 1 && count < ahead;  // its weights, by pass 0
         if (!fetched) {
@@ -191,13 +200,11 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared, int 
           bulk_copy<T::kCluster>(smem + from, tokens + at + from, share, full, keep);
         }
         if (!fetched) {
-          uint8_t const* weights =
-              args.weights + (size_t(row_block) * row_stride + (branch ? args.bricks : 0) + first) *
-                                 T::Format::kBytes;
+          int const unit = (branch ? main_units : 0) + first * (brick / kUnit);
+          uint8_t const* weights = args.weights + (size_t(row_block) * row_stride + unit) * kUnit;
           for (int r = 0; r < row_groups; ++r) {
-            bulk_copy<1>(smem + T::kWeightsAt + r * T::kStepBricks * T::Format::kBytes,
-                      weights + size_t(r) * row_stride * T::Format::kBytes, weight_bytes, full,
-                      stream);
+            bulk_copy<1>(smem + T::kWeightsAt + r * T::kStepBricks * brick,
+                         weights + size_t(r) * row_stride * kUnit, weight_bytes, full, stream);
           }
         }
       }

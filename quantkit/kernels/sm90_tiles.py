@@ -79,6 +79,8 @@ WEIGHT_STRUCTS = {
 # Columns whose tokens take 128 bytes.
 BRICK_COLUMNS = {"mxfp4": 128, "fp4 in bf16": 64, "mxfp8 in bf16": 64}
 BRANCH_STRUCTS = {None: "NoBranch", "bf16": "Bf16Branch", "fp8": "Fp8Branch"}
+# Where the row and token scales may be any numbers, by which bfloat16 has no exact quotient.
+WIDE_BRANCH_STRUCTS = BRANCH_STRUCTS | {"bf16": "ScaledBf16Branch"}
 
 
 def token_tile(tokens: int) -> int:
@@ -177,7 +179,8 @@ def careful(tile: Tile) -> Tile:
 
 def gemm_text(tile: Tile, weights: str, branch: str | None) -> str:
     """The source of one GEMM: an include and an instantiation."""
-    parts = (WEIGHT_STRUCTS[weights], BRANCH_STRUCTS[branch], *map(str, astuple(tile)))
+    branches = BRANCH_STRUCTS if weights == "mxfp4" else WIDE_BRANCH_STRUCTS
+    parts = (WEIGHT_STRUCTS[weights], branches[branch], *map(str, astuple(tile)))
     return f'#include "sm90_gemm.cuh"\nQUANTKIT_SM90_GEMM(run, {", ".join(parts)})\n'
 
 

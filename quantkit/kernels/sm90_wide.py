@@ -1,8 +1,11 @@
 """Packed linears on Hopper that FP8 cannot multiply exactly: in bfloat16 `wgmma`.
 
-NVFP4 x NVFP4, and MXFP4 or MXFP8 weights beside MXFP8 activations. Weights stay packed in memory
-and are decoded in registers; activations are quantized by torch operations and laid out as
-bfloat16 tiles. The main loop and its schedules are those of `sm90_gemm.cuh`.
+NVFP4 x NVFP4, and MXFP4 or MXFP8 weights beside MXFP8 activations, with a branch in the same
+launch. Weights stay packed in memory and are decoded in registers; activations are rotated and
+quantized by torch operations, the reference's own, and laid out as bfloat16 tiles. The main loop
+and its schedules are those of `sm90_gemm.cuh`.
+
+A float16 input's bfloat16 branch is rounded to bfloat16, as in `sm90_activation.cuh`.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from quantkit.errors import QuantkitError
 from quantkit.formats import e2m1, nvfp4
 from quantkit.kernels import jit, reference, sm90, sm90_tiles
 from quantkit.kernels.capability import Kernel
-from quantkit.kernels.prepare_wide import COLUMNS, prepare_fp4, prepare_mxfp8
+from quantkit.kernels.prepare_wide import prepare_fp4, prepare_mxfp8
+from quantkit.transforms.hadamard import rotate
 
 if TYPE_CHECKING:
     from quantkit.kernels.dispatch import Work
@@ -27,8 +32,6 @@ FORMS = {"nvfp4": "fp4 in bf16", "mxfp4": "fp4 in bf16", "mxfp8": "mxfp8 in bf16
 
 def refuse(kernel: Kernel, work: Work) -> str | None:
     """Say why these shapes or options cannot run, None when they can."""
-    if work.hadamard:
-        return f"{kernel.name} has no online Hadamard"
     if work.width % 32:
         return f"{kernel.name} needs a width that is a multiple of 32, not {work.width}"
     return None
@@ -37,7 +40,8 @@ def refuse(kernel: Kernel, work: Work) -> str | None:
 def prepare(kernel: Kernel, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> nn.Module:
     """Stack the linears of a site in execution layout; compile what one token needs."""
     tile = sm90_tiles.plan(sum(work.outputs), work.width, 1).tile
-    jit.compile(sm90_tiles.gemm_text(tile, FORMS[work.weights], None), "sm90_gemm", sm90.ARCH)
+    text = sm90_tiles.gemm_text(tile, FORMS[work.weights], work.branch)
+    jit.compile(text, "sm90_gemm", sm90.ARCH)
     layer = WideLinear(work, linears)
     device = layer.rows.device
     if device.type == "cuda":
@@ -53,11 +57,13 @@ class WideLinear(nn.Module):
     rows: Tensor
     index: Tensor
     divisor: Tensor | None
+    channels: Tensor | None
 
     def __init__(self, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> None:
         super().__init__()
         self.activations, self.rule = work.activations, work.rule
-        self.width, self.form = work.width, FORMS[work.weights]
+        self.width, self.form, self.branch = work.width, FORMS[work.weights], work.branch
+        self.hadamard = next(iter(work.hadamard.values())) if work.hadamard else 0
         lay_out = prepare_mxfp8 if work.weights == "mxfp8" else prepare_fp4
         weights, rows, places, first = [], [], [], 0
         for linear in linears:  # each has its own padding: its rows are found again by `places`
@@ -71,14 +77,35 @@ class WideLinear(nn.Module):
         self.register_buffer("weights", torch.cat(weights), persistent=False)
         self.register_buffer("rows", torch.cat(rows), persistent=False)
         self.register_buffer("index", index, persistent=False)
-        self.register_buffer("divisor", linears[0].get("input_global_scale"), persistent=False)
+        divisor = linears[0].get("input_global_scale")
+        others = [linear.get("input_global_scale") for linear in linears[1:]]
+        if divisor is not None and not all(d is not None and d.equal(divisor) for d in others):
+            raise QuantkitError("linears that share an input have different input_global_scale")
+        self.register_buffer("divisor", divisor, persistent=False)
+        channels = None
+        if work.branch:
+            channels = linears[0]["outlier_index"]
+            self.columns = len(channels)
+            channels = channels[channels >= 0].long()
+        self.register_buffer("channels", channels, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(*self.quantize(x), x.dtype)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """x [M, K]: token tiles, token scales, M."""
-        factor = x.new_ones(1, dtype=torch.float32)
+        factor, own = x.new_ones(2, 1, dtype=torch.float32)
+        branch = None
+        if self.channels is not None:
+            branch = pad(x.index_select(1, self.channels), (0, self.columns - len(self.channels)))
+            x = x.index_fill(1, self.channels, 0)  # no block scale sees them
+            if self.branch == "fp8":
+                branch, own = reference.fp8_tokens(branch)
+                branch, own = branch.to(torch.float8_e4m3fn).view(torch.uint8), own[:, 0]
+            else:
+                branch = branch.to(torch.bfloat16)
+        if self.hadamard > 1:
+            x = rotated(x, self.hadamard)
         if self.activations == "nvfp4":
             # Without its divisor a value is exact in bfloat16; with it, in general, it is not.
             packed, scale, divisor = nvfp4.quantize(x, self.divisor)
@@ -87,10 +114,12 @@ class WideLinear(nn.Module):
             factor = 1 / divisor.float().reshape(1)
         else:
             values = reference.quantize_activations(x.float(), self.activations, self.rule, None)
-        tokens = tiles_of(values.to(torch.bfloat16))
-        size = sm90_tiles.token_tile(len(x))
-        scales = torch.stack([factor, torch.ones_like(factor)], 1).repeat(len(tokens) * size, 1)
-        return tokens, scales, len(x)
+        tokens = tiles_of(values.to(torch.bfloat16), 128)
+        count = len(tokens) * sm90_tiles.token_tile(len(x))  # with padding
+        if branch is not None:
+            tokens = torch.cat([tokens, tiles_of(branch, 64)], 1)
+            own = pad((own / factor).expand(len(x)), (0, count - len(x)))
+        return tokens, torch.stack([factor.expand(count), own.expand(count)], 1), len(x)
 
     def multiply(
         self, tokens: Tensor, scales: Tensor, count: int, dtype: torch.dtype = torch.bfloat16
@@ -103,7 +132,7 @@ class WideLinear(nn.Module):
             self.rows,
             self.width,
             self.form,
-            None,
+            self.branch,
             count,
             self.outputs,
             dtype,
@@ -111,11 +140,25 @@ class WideLinear(nn.Module):
         return y if len(self.index) == self.outputs else y[:, self.index]
 
 
-def tiles_of(x: Tensor) -> Tensor:
-    """x bfloat16 [M, K] as the kernel's token tiles [tiles, bytes], 128-byte swizzled."""
-    size = sm90_tiles.token_tile(len(x))
-    x = pad(x, (0, -x.shape[1] % COLUMNS, 0, -len(x) % size))
-    chunks = x.reshape(-1, size, x.shape[1] // COLUMNS, 8, 8).transpose(1, 2)  # of 16 bytes
+@torch.library.custom_op("quantkit::rotate", mutates_args=())
+def rotated(x: Tensor, size: int) -> Tensor:
+    """`rotate` in float32, opaque to torch.compile: making its matrices is not to be traced."""
+    return rotate(x.float(), size)
+
+
+@rotated.register_fake
+def _(x: Tensor, size: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+def tiles_of(x: Tensor, row_bytes: int) -> Tensor:
+    """x [M, K] as token tiles [tiles, bytes]: bricks of 128 or 64 bytes a token, swizzled."""
+    size, chunk = sm90_tiles.token_tile(len(x)), 16 // x.element_size()  # of 16 bytes
+    columns = row_bytes // 16 * chunk
+    x = pad(x, (0, -x.shape[1] % columns, 0, -len(x) % size))
+    chunks = x.reshape(len(x) // size, size, x.shape[1] // columns, row_bytes // 16, chunk)
+    chunks = chunks.transpose(1, 2)
     row = torch.arange(size, device=x.device)[:, None]
-    place = torch.arange(8, device=x.device)[None] ^ row % 8
+    place = torch.arange(row_bytes // 16, device=x.device)[None]
+    place = place ^ row * row_bytes // 128 % (row_bytes // 16)
     return chunks[:, :, row, place].reshape(len(chunks), -1).view(torch.uint8)

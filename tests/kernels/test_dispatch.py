@@ -59,12 +59,12 @@ def test_hopper_runs_other_pairs_in_bfloat16(
     pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on((9, 0), monkeypatch)
-    work = replace(WORK, weights=pair[0], activations=pair[1], branch=None)
-    assert dispatch.choose(work, CUDA).name == "sm90 bf16"
-    assert "has no bf16 branch" in dispatch.choose(replace(work, branch="bf16"), CUDA).reason
-    assert (
-        "no online Hadamard" in dispatch.choose(replace(work, hadamard={"block": 32}), CUDA).reason
-    )
+    work = replace(WORK, weights=pair[0], activations=pair[1])
+    for branch in (None, "bf16", "fp8"):
+        for hadamard in (None, {"block": 32}, {"size": 256}):
+            choice = dispatch.choose(replace(work, branch=branch, hadamard=hadamard), CUDA)
+            assert choice.name == "sm90 bf16"
+            assert choice.reason == ""
 
 
 @pytest.mark.parametrize(

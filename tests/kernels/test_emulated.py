@@ -19,10 +19,9 @@ import torch
 
 from benchmarks import gemm
 from quantkit.errors import QuantkitError
-from quantkit.kernels import dispatch, sm90, sm90_tiles, sm90_wide
+from quantkit.kernels import sm90, sm90_tiles
 from quantkit.kernels.sm90_tiles import Tile
 from tests.kernels.test_sm90 import exact, layer, relative_error, work
-from tests.kernels.test_sm90_wide import FORMATS, wide_layer
 
 SMS = 8
 EXACT = 1e-6  # relative: products are exact, an emulated sum rounds once a k-step
@@ -164,18 +163,10 @@ def test_parts_of_a_cluster_are_exact_up_to_their_sum(
     check_tile(tile, width, outputs, branch, tile.tokens - ragged, monkeypatch)
 
 
-def test_parts_of_several_token_tiles_and_of_bfloat16_products(emulator, monkeypatch) -> None:
+def test_parts_of_several_token_tiles(emulator, monkeypatch) -> None:
     run_on(emulator, monkeypatch)
     tile = next(tile for tile in IN_PARTS if (tile.tokens, tile.row_groups) == (64, 2))
     check_tile(tile, 640, (192,), "bf16", 130, monkeypatch)
-    formats = FORMATS[0]
-    task = dispatch.Work(*formats, None, "even", None, 672, (192,))
-    tensors, expected = wide_layer(*formats, 192, 672, 0)
-    module = sm90_wide.WideLinear(task, [tensors])
-    x = inputs(61, 672)
-    with sm90_tiles.trying(tile):
-        y = module.multiply(*module.quantize(x), torch.float32)
-    assert relative_error(y, expected(x)) <= EXACT
 
 
 def check_tile(
@@ -303,32 +294,6 @@ def test_another_order_of_the_squares_moves_few_codes(emulator, monkeypatch, wid
     same = (operands[1] == expected[1])[:tokens].all(1)  # or a token's largest block moved
     assert same.float().mean() > 0.95
     assert (codes != expected_codes)[same].float().mean() < 1 / 500
-
-
-@pytest.mark.parametrize("formats", FORMATS)
-@pytest.mark.parametrize(
-    ("width", "outputs", "tokens"), [(512, (128, 60), 5), (1120, (192,), 16), (672, (320,), 270)]
-)
-def test_products_in_bfloat16_are_exact_up_to_their_sum(
-    emulator,
-    monkeypatch,
-    formats: tuple[str, str],
-    width: int,
-    outputs: tuple[int, ...],
-    tokens: int,
-) -> None:
-    run_on(emulator, monkeypatch)
-    task = dispatch.Work(*formats, None, "even", None, width, outputs)
-    site = [wide_layer(*formats, n, width, seed) for seed, n in enumerate(outputs)]
-    module = sm90_wide.WideLinear(task, [tensors for tensors, _ in site])
-    x = inputs(tokens, width)
-    operands = module.quantize(x)
-    y = module.multiply(*operands, torch.float32)
-    assert relative_error(y, torch.cat([expected(x) for _, expected in site], 1)) <= EXACT
-    assert torch.equal(y, module.multiply(*operands, torch.float32))
-    monkeypatch.setattr(sm90_tiles, "careful", lambda tile: tile)  # that of 16-bit results
-    y = module.multiply(*operands, torch.float32)
-    assert torch.equal(y.bfloat16(), module(x))
 
 
 def test_the_benchmark_measures_right_results(emulator, monkeypatch) -> None:

@@ -133,12 +133,24 @@ def test_every_tile_compiles_without_serialized_wgmma(built):
         assert spilled <= 64, tile  # outside the main loop
 
 
-@pytest.mark.parametrize("form", WIDE)
-def test_bfloat16_products_compile_without_spills_or_serialized_wgmma(built, form):
+@pytest.mark.parametrize(("form", "branch"), [(WIDE[0], "fp8"), (WIDE[1], None)])
+def test_bfloat16_products_compile_without_spills_or_serialized_wgmma(built, form, branch):
     tile = sm90_tiles.plan(4096, 12288, 16).tile
-    log = built(sm90_tiles.gemm_text(tile, form, None))
+    log = built(sm90_tiles.gemm_text(tile, form, branch))
     assert "C75" not in log
     assert " 0 bytes spill stores" in log
+
+
+@pytest.mark.slow
+def test_every_tile_of_bfloat16_products_compiles_without_serialized_wgmma(built):
+    def spilled(tile: sm90_tiles.Tile, branch: str | None) -> int:
+        log = built(sm90_tiles.gemm_text(tile, WIDE[0], branch))
+        assert "C75" not in log
+        return int(log.split(" bytes spill stores")[0].split()[-1])
+
+    for tile in sm90_tiles.TILES:
+        for branch in ("bf16", "fp8"):
+            assert spilled(tile, branch) <= spilled(tile, None) + 32, tile  # the branch's own
 
 
 def test_streams_have_flags_of_their_own_made_before_any_capture(monkeypatch):
@@ -185,7 +197,10 @@ def build_all() -> None:
     """Compile every kernel of these tests on all cores rather than one by one."""
     tiles = (*sm90_tiles.TILES, *sm90_tiles.CANDIDATES)
     texts = [sm90_tiles.gemm_text(t, "mxfp4", b) for t in tiles for b in (None, "bf16", "fp8")]
-    texts += [sm90_tiles.gemm_text(t, w, None) for t in sm90_tiles.TILES for w in WIDE]
+    branches = (None, "bf16", "fp8")
+    texts += [
+        sm90_tiles.gemm_text(t, w, b) for t in sm90_tiles.TILES for w in WIDE for b in branches
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda text: jit.compile(text, "sm90_gemm", sm90.ARCH), texts))
 
