@@ -80,8 +80,6 @@ def choose(work: Work, device: torch.device) -> Choice:
     if work.dtype not in (torch.bfloat16, torch.float16):
         return Choice(None, f"kernels compute in bfloat16 and float16, not {work.dtype}")
     if work.branch == "residual":
-        if reason := residual.refuse(work):
-            return Choice(None, reason)
         work = residual.widened(work)
     gpu = capability(device)
     found = find(work.weights, work.activations, work.branch, gpu)

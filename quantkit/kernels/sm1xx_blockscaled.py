@@ -54,6 +54,8 @@ class QuantizeArguments(ctypes.Structure):
 
 def refuse(kernel: Kernel, work: Work) -> str | None:
     """Say why these shapes or options cannot run, None when they can."""
+    if work.dtype == torch.float32:
+        return f"{kernel.name} takes no float32, as the residual branch of a rotated input is"
     widened = work.weights != work.activations  # TMA widens the 4-bit operand beside an 8-bit one
     multiple = 128 if widened else 32
     if work.width % multiple:

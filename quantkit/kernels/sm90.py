@@ -58,6 +58,8 @@ class ActivationArguments(ctypes.Structure):
 
 def refuse(kernel: Kernel, work: Work) -> str | None:
     """Say why these shapes or options cannot run, None when they can."""
+    if work.dtype == torch.float32:
+        return f"{kernel.name} takes no float32, as the residual branch of a rotated input is"
     if work.width % 32:
         return f"{kernel.name} needs a width that is a multiple of 32, not {work.width}"
     if work.rule == "mse":  # which tries three exponents a block

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from quantkit.errors import QuantkitError
-from quantkit.formats import e2m1, nvfp4
+from quantkit.formats import FORMATS, e2m1, nvfp4
 from quantkit.kernels import jit, reference, sm90, sm90_tiles
 from quantkit.kernels.capability import Kernel
 from quantkit.kernels.prepare_wide import prepare_fp4, prepare_mxfp8
-from quantkit.transforms.hadamard import rotate
+from quantkit.kernels.rotation import rotated
 
 if TYPE_CHECKING:
     from quantkit.kernels.dispatch import Work
@@ -32,8 +32,9 @@ FORMS = {"nvfp4": "fp4 in bf16", "mxfp4": "fp4 in bf16", "mxfp8": "mxfp8 in bf16
 
 def refuse(kernel: Kernel, work: Work) -> str | None:
     """Say why these shapes or options cannot run, None when they can."""
-    if work.width % 32:
-        return f"{kernel.name} needs a width that is a multiple of 32, not {work.width}"
+    block = FORMATS[work.weights].block
+    if work.width % block:
+        return f"{kernel.name} needs a width that is a multiple of {block}, not {work.width}"
     return None
 
 
@@ -51,7 +52,10 @@ def prepare(kernel: Kernel, work: Work, linears: Sequence[Mapping[str, Tensor]])
 
 
 class WideLinear(nn.Module):
-    """Computes [M, sum(outputs)] of x [M, K]; buffers hold the execution layout."""
+    """Computes [M, sum(outputs)] of x [M, K]; buffers hold the execution layout.
+
+    `quantize` takes float32 as well.
+    """
 
     weights: Tensor
     rows: Tensor
@@ -138,17 +142,6 @@ class WideLinear(nn.Module):
             dtype,
         )
         return y if len(self.index) == self.outputs else y[:, self.index]
-
-
-@torch.library.custom_op("quantkit::rotate", mutates_args=())
-def rotated(x: Tensor, size: int) -> Tensor:
-    """`rotate` in float32, opaque to torch.compile: making its matrices is not to be traced."""
-    return rotate(x.float(), size)
-
-
-@rotated.register_fake
-def _(x: Tensor, size: int) -> Tensor:
-    return torch.empty_like(x, dtype=torch.float32)
 
 
 def tiles_of(x: Tensor, row_bytes: int) -> Tensor:

@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 
-from quantkit.kernels import dispatch, sm90_tiles, sm90_wide
+from quantkit.kernels import dispatch, reference, residual, sm90_tiles, sm90_wide
 from quantkit.kernels.sm90_tiles import Tile
 from tests.kernels.test_emulated import EXACT, IN_PARTS, SMS, Emulator, emulator, inputs, run_on
+from tests.kernels.test_residual import CHANNELS, WIDTH, format_of, packed
 from tests.kernels.test_sm90 import relative_error
 from tests.kernels.test_sm90_wide import BRANCHES, FORMATS, wide_layer, wide_work
 
@@ -71,6 +72,28 @@ def test_divisors_of_the_moment_and_rotations(
     run_on(emulator, monkeypatch)
     task = wide_work(("nvfp4", "nvfp4"), 576, (64,), branch, hadamard)
     check(task, 4, monkeypatch, divisor=None)
+
+
+@pytest.mark.parametrize("hadamard", [None, {"block": 32}])
+def test_a_residual_behind_the_input_is_computed_as_the_reference_does(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, hadamard: dict[str, int] | None
+) -> None:
+    run_on(emulator, monkeypatch)
+    fmt = format_of("nvfp4", hadamard)
+    generator = torch.Generator().manual_seed(3)
+    tensors = packed(torch.randn(64, WIDTH, generator=generator) / 11, fmt)
+    work = dispatch.Work("nvfp4", "nvfp4", "residual", "even", hadamard, WIDTH, (64,), fmt.outliers)
+    inner = sm90_wide.WideLinear(residual.widened(work), [tensors])
+    module = residual.ResidualLinear(work, [tensors], inner)
+    x = inputs(5, WIDTH)
+    operand = reference.input_operand(
+        x.float() if hadamard else x, fmt, "even", CHANNELS, tensors["input_global_scale"]
+    )
+    wanted = operand.double() @ reference.dequantized_weight(tensors, fmt).double().T
+    y = inner.multiply(*inner.quantize(module.with_residual(x)), torch.float32)
+    assert relative_error(y, wanted) <= EXACT
+    assert module(x).dtype == torch.bfloat16
+    assert torch.equal(module(x), inner.multiply(*inner.quantize(module.with_residual(x))))
 
 
 @pytest.mark.parametrize(
