@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantkit.formats import mxfp4
+from quantkit.formats import nvfp4
 from quantkit.kernels import capability, dispatch, sm90
 from quantkit.pack.layout import index_tensor
+from quantkit.pack.rounding import round_weight
 from quantkit.pack.scheme import build
-from quantkit.pack.separate import extended
+from quantkit.pack.separate import branch_tensors, extended, rotated, separate
 from quantkit.runtime.convert import replace_linears
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.norm import SiteNorm
@@ -39,40 +40,44 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._inductor.cudagraph_trees.reset_cudagraph_trees()
 
 
-def packed_model(branch: str | None) -> Any:
-    """A small Qwen3 with MXFP4 linears, one channel of each 32 in the branch or none."""
+def packed_model(branch: str | None, weights: str = "mxfp4", rotation: int = 0) -> Any:
+    """A small Qwen3 with 4-bit linears, one channel of each 32 in the branch or none."""
     model = tiny_model("qwen3", hidden_size=256, intermediate_size=512, head_dim=64)
     model = model.to(torch.bfloat16)
-    weights = {name: module.weight.data for name, module in model.named_modules() if "proj" in name}
-    scheme = build("mxfp4")
-    if branch:
-        scheme = build("osc", group=GROUP, mlp_out="mxfp4", branch=branch)
+    numbers = {name: module.weight.data for name, module in model.named_modules() if "proj" in name}
+    scheme = build(weights, group=GROUP, branch=branch or "bf16", separated=branch is not None)
     columns = 32 if branch == "residual" else 16
+    hadamard = {"block": rotation} if rotation else None
     sites = {
-        kind: replace(fmt, outliers=columns) if fmt.branch else fmt
+        kind: replace(fmt, outliers=columns if branch else 0, hadamard=hadamard)
         for kind, fmt in scheme.sites.items()
+        if fmt is not None
     }
     replace_linears(model, replace(scheme, sites=sites), torch.bfloat16)
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            fill(module, weights[name].float())
+            fill(module, numbers[name].float())
     return model.cuda().eval()
 
 
 def fill(module: QuantLinear, weight: Tensor) -> None:
     """Pack `weight` into a linear on the meta device."""
     tensors: dict[str, Tensor] = {}
-    if module.format.branch:
-        channels = torch.arange(3, weight.shape[1], GROUP)
-        tensors["outlier_index"] = index_tensor(channels, module.format.outliers)
-    if module.format.appended:
-        weight = extended(weight, channels, module.format)
-    elif module.format.branch:
-        branch = weight.new_zeros(len(weight), module.format.outliers)
-        branch[:, : len(channels)] = weight[:, channels]
-        weight = weight.index_fill(1, channels, 0)
-        tensors["outlier_weight"] = branch.to(torch.bfloat16)
-    tensors["weight_packed"], tensors["weight_scale"] = mxfp4.quantize(weight, "even")
+    fmt, channels = module.format, torch.arange(3, weight.shape[1], GROUP)
+    if fmt.branch:
+        tensors["outlier_index"] = index_tensor(channels, fmt.outliers)
+    if fmt.branch and not fmt.appended:
+        weight, columns = separate(weight, channels)
+        tensors |= branch_tensors(columns, channels, fmt)
+    weight = rotated(weight, fmt)
+    if fmt.appended:
+        weight = extended(weight, channels, fmt)
+    tensors |= round_weight(weight, fmt)
+    if fmt.weights == "nvfp4":  # under powers of two, where the reference's operands are exact
+        divisor = tensors["weight_global_scale"].log2().floor().exp2()
+        names = ("weight_packed", "weight_scale", "weight_global_scale")
+        tensors |= dict(zip(names, nvfp4.quantize(weight, divisor), strict=True))
+        tensors["input_global_scale"] = torch.tensor([128.0])
     assert set(tensors) == set(module.packed_names)
     for name, tensor in tensors.items():
         module.register_buffer(name, tensor)
@@ -83,19 +88,35 @@ def tokens(batch: int, length: int) -> Tensor:
     return torch.randint(3, 256, (batch, length), generator=generator).cuda()
 
 
-@pytest.mark.parametrize("branch", [None, "bf16", "residual"])
+@pytest.mark.parametrize(
+    ("weights", "branch", "rotation"),
+    [
+        ("mxfp4", None, 0),
+        ("mxfp4", "bf16", 0),
+        ("mxfp4", "residual", 0),
+        ("nvfp4", "fp8", 0),
+        ("nvfp4", "bf16", 0),
+        ("nvfp4", "fp8", 32),
+        ("nvfp4", "residual", 32),
+        ("mxfp8", "bf16", 0),
+    ],
+)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (4, 200)])
 def test_kernels_agree_with_the_reference(
-    branch: str | None, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    weights: str,
+    branch: str | None,
+    rotation: int,
+    shape: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = packed_model(branch)
+    model = packed_model(branch, weights, rotation)
     ids = tokens(*shape)
     with torch.no_grad():
         got = model(ids).logits.float()
         assert "reference" not in dispatch.summary(), dispatch.report()
         monkeypatch.setenv("QUANTKIT_KERNEL", "reference")
         dispatch.forget()
-        want = packed_model(branch)(ids).logits.float()
+        want = packed_model(branch, weights, rotation)(ids).logits.float()
         assert set(dispatch.summary()) == {"reference"}
     # Rounding of sums differs by an ulp of bfloat16, which moves a few activations to another code.
     difference = (got - want).norm() / want.norm()
@@ -125,9 +146,11 @@ def test_norms_inside_the_kernel_give_what_torchs_give(
     assert (got - want).norm() / want.norm() < 0.02
 
 
-@pytest.mark.parametrize("branch", ["bf16", "residual"])
-def test_a_cuda_graph_replays_the_same_bits(branch: str) -> None:
-    model = packed_model(branch)
+@pytest.mark.parametrize(
+    ("weights", "branch"), [("mxfp4", "bf16"), ("mxfp4", "residual"), ("nvfp4", "fp8")]
+)
+def test_a_cuda_graph_replays_the_same_bits(weights: str, branch: str) -> None:
+    model = packed_model(branch, weights)
     ids = tokens(2, 1)
     with torch.no_grad():
         for _ in range(2):
@@ -145,14 +168,21 @@ def test_a_cuda_graph_replays_the_same_bits(branch: str) -> None:
         assert torch.equal(got, model(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("backend", ["cudagraphs", "inductor"])
-def test_torch_compile_with_cuda_graphs(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "weights", "branch"),
+    [
+        ("cudagraphs", "mxfp4", "bf16"),
+        ("inductor", "mxfp4", "bf16"),
+        ("cudagraphs", "nvfp4", "fp8"),
+    ],
+)
+def test_torch_compile_with_cuda_graphs(backend: str, weights: str, branch: str) -> None:
     """The same bits from torch's own operators; near where inductor rounds as they do.
 
     By itself it leaves out roundings to bfloat16 between operators, as in any model; here an ulp
     anywhere moves codes, and the logits of these random weights by a tenth.
     """
-    model = packed_model("bf16")
+    model = packed_model(branch, weights)
     ids = tokens(2, 1)
     mode = "reduce-overhead" if backend == "inductor" else None
     with torch.no_grad(), torch._inductor.config.patch(emulate_precision_casts=True):
@@ -166,8 +196,9 @@ def test_torch_compile_with_cuda_graphs(backend: str) -> None:
     assert (got - want).norm() / want.norm() < 0.02
 
 
-def test_generate_with_a_static_cache() -> None:
-    model = packed_model("bf16")
+@pytest.mark.parametrize(("weights", "branch"), [("mxfp4", "bf16"), ("nvfp4", "fp8")])
+def test_generate_with_a_static_cache(weights: str, branch: str) -> None:
+    model = packed_model(branch, weights)
     ids = tokens(2, 8)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     mask = torch.ones_like(ids)
