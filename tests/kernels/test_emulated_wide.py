@@ -13,6 +13,8 @@ from tests.kernels.test_emulated import EXACT, IN_PARTS, SMS, Emulator, emulator
 from tests.kernels.test_residual import CHANNELS, WIDTH, format_of, packed
 from tests.kernels.test_sm90 import relative_error
 from tests.kernels.test_sm90_wide import BRANCHES, FORMATS, wide_layer, wide_work
+from tests.runtime.test_gpu import packed_model
+from tests.runtime.test_gpu import tokens as tokens_of
 
 __all__ = ["emulator"]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -94,6 +96,26 @@ def test_a_residual_behind_the_input_is_computed_as_the_reference_does(
     assert relative_error(y, wanted) <= EXACT
     assert module(x).dtype == torch.bfloat16
     assert torch.equal(module(x), inner.multiply(*inner.quantize(module.with_residual(x))))
+
+
+@pytest.mark.parametrize(("branch", "rotation"), [("fp8", 0), ("bf16", 32), ("residual", 32)])
+def test_a_model_gives_what_it_gives_by_the_reference(
+    emulator: Emulator, monkeypatch: pytest.MonkeyPatch, branch: str, rotation: int
+) -> None:
+    """Bit for bit: sums of these few terms are the same in any order, rounded to bfloat16."""
+    run_on(emulator, monkeypatch)
+    monkeypatch.setattr(sm90_wide.jit, "compile", lambda *_: None)
+    monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
+    logits = []
+    for kernel, name in (("auto", "sm90 bf16"), ("reference", "reference")):
+        monkeypatch.setenv("QUANTKIT_KERNEL", kernel)
+        dispatch.forget()
+        model = packed_model(branch, "nvfp4", rotation, "cpu")
+        with torch.no_grad():
+            logits.append(model(tokens_of(2, 3, "cpu")).logits)
+        assert set(dispatch.summary()) == {name}
+    dispatch.forget()
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize(

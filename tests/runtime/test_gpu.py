@@ -40,7 +40,9 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._inductor.cudagraph_trees.reset_cudagraph_trees()
 
 
-def packed_model(branch: str | None, weights: str = "mxfp4", rotation: int = 0) -> Any:
+def packed_model(
+    branch: str | None, weights: str = "mxfp4", rotation: int = 0, device: str = "cuda"
+) -> Any:
     """A small Qwen3 with 4-bit linears, one channel of each 32 in the branch or none."""
     model = tiny_model("qwen3", hidden_size=256, intermediate_size=512, head_dim=64)
     model = model.to(torch.bfloat16)
@@ -57,7 +59,7 @@ def packed_model(branch: str | None, weights: str = "mxfp4", rotation: int = 0) 
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             fill(module, numbers[name].float())
-    return model.cuda().eval()
+    return model.to(device).eval()
 
 
 def fill(module: QuantLinear, weight: Tensor) -> None:
@@ -83,9 +85,9 @@ def fill(module: QuantLinear, weight: Tensor) -> None:
         module.register_buffer(name, tensor)
 
 
-def tokens(batch: int, length: int) -> Tensor:
+def tokens(batch: int, length: int, device: str = "cuda") -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 256, (batch, length), generator=generator).cuda()
+    return torch.randint(3, 256, (batch, length), generator=generator).to(device)
 
 
 @pytest.mark.parametrize(
