@@ -74,9 +74,14 @@ def dequantize(
 
 def fake_quantize(x: Tensor, divisor: Tensor | None = None) -> Tensor:
     """`dequantize(*quantize(x, divisor))` in one pass, in the dtype of `x`."""
+    rounded, scale, divisor = elements(x, divisor)
+    return (rounded * (scale / divisor)[..., None]).flatten(-2).to(x.dtype)
+
+
+def elements(x: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize` stores, as float32 numbers: blocks [.., K/16, 16], scales, divisor."""
     blocks = to_blocks(x, BLOCK)
     if divisor is None:
         divisor = global_scale(x.abs().amax())
     scale = block_scale(blocks.abs().amax(-1), divisor)
-    rounded = round_to_element(_scaled(blocks, scale, divisor), E2M1)
-    return (rounded * (scale / divisor)[..., None]).flatten(-2).to(x.dtype)
+    return round_to_element(_scaled(blocks, scale, divisor), E2M1), scale, divisor

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from quantkit.errors import QuantkitError
-from quantkit.formats import FORMATS, e2m1, nvfp4
+from quantkit.formats import FORMATS, nvfp4
 from quantkit.kernels import jit, reference, sm90, sm90_tiles
 from quantkit.kernels.capability import Kernel
 from quantkit.kernels.prepare_wide import prepare_fp4, prepare_mxfp8
@@ -112,9 +112,8 @@ class WideLinear(nn.Module):
             x = rotated(x, self.hadamard)
         if self.activations == "nvfp4":
             # Without its divisor a value is exact in bfloat16; with it, in general, it is not.
-            packed, scale, divisor = nvfp4.quantize(x, self.divisor)
-            values = e2m1.decode_packed(packed).unflatten(-1, (-1, nvfp4.BLOCK))
-            values = (values * scale.float()[..., None]).flatten(-2)
+            values, scale, divisor = nvfp4.elements(x, self.divisor)
+            values = (values * scale[..., None]).flatten(-2)
             factor = 1 / divisor.float().reshape(1)
         else:
             values = reference.quantize_activations(x.float(), self.activations, self.rule, None)
