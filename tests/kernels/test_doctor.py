@@ -59,6 +59,20 @@ def test_doctor_compares_the_compiler_with_the_instructions(
         assert "bf16" in here["why"]
 
 
+def test_doctor_names_the_branches_of_each_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = jit.Toolchain(Path("nvcc"), "13.0.88", Path("include"), "4.2.0")
+    monkeypatch.setattr(jit, "toolchain", lambda: tools)
+    hopper = [{"index": 0, "name": "a GPU", "capability": (9, 0)}]
+    monkeypatch.setattr(doctor, "_devices", lambda: hopper)
+    monkeypatch.delenv("QUANTKIT_KERNEL", raising=False)
+    rows = {
+        (row["weights"], row["activations"]): row["here"] for row in doctor.examine()["formats"]
+    }
+    assert rows["mxfp4", "mxfp4"]["kernel"] == "sm90 exact-fold"
+    assert rows["nvfp4", "nvfp4"]["kernel"] == "sm90 bf16"
+    assert {here["why"] for here in rows.values()} == {"branches: bf16, fp8"}
+
+
 def test_doctor_counts_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
     for name in ("a-sm_90a-1", "b-sm_90a-2", "b-sm_90a-2.failed", "a-sm_90a-1.corrupt"):
