@@ -318,7 +318,7 @@ def gemm(
     plan = sm90_tiles.plan(outputs, width, count, _multiprocessors(tokens.device.index))
     tile = plan.tile if dtype == torch.bfloat16 else sm90_tiles.careful(plan.tile)
     sums = 0  # of tiles, in memory: parts of split ones, or where long running sums rest
-    if plan.split or (tile.tokens == 256 and width > tile.promote > 512):
+    if plan.split or sm90_tiles.rests(tile, width, form):
         sums = plan.ctas * tile.row_groups * ROWS * tile.tokens
     partials = _partials(tokens, sums)
     flags = _flags_of_stream(tokens.device)

@@ -137,14 +137,15 @@ struct Consumer {
 
   // Prefill: kFlight tokens at a time go through the bricks of a span and then into the sums, so
   // that no running sum is longer than a span and the decoded weights serve all tokens of the tile.
-  static constexpr int kFlight = 64, kSpan = 2;
+  static constexpr int kFlight = 64, kSpan = T::kResting ? 1 : 2;
 
   template <class Op, int Bricks, int Steps>
   CUTLASS_DEVICE void wide(uint32_t const (&a)[Bricks][Steps][4], uint64_t const (&b)[Bricks],
                            int token_stride, float4 const (&rows)[2], uint32_t factors) {
-    float flight[2][kFlight / 2];
+    constexpr int kFlights = T::kResting ? 1 : 2;  // in the air, as registers allow
+    float flight[kFlights][kFlight / 2];
     auto land = [&](int h) {
-      fence(flight[h % 2]);
+      fence(flight[h % kFlights]);
 #pragma unroll
       for (int i = 0; i < kFlight / 2; ++i) {
         float factor = 1.f;
@@ -152,7 +153,7 @@ struct Consumer {
           factor = rows[i / 2 % 2].z *
                    __uint_as_float(load_shared_32(
                        factors + (h * kFlight + i / 4 * 8 + lane % 4 * 2 + i % 2) * 8 + 4));
-        sum[h * (kFlight / 2) + i] += flight[h % 2][i] * factor;
+        sum[h * (kFlight / 2) + i] += flight[h % kFlights][i] * factor;
       }
     };
 #pragma unroll
@@ -162,15 +163,16 @@ struct Consumer {
       for (int i = 0; i < Bricks; ++i) {
 #pragma unroll
         for (int s = 0; s < Steps; ++s) {
-          mma<Op>(flight[h % 2], a[i][s], b[i] + 2 * s + h * kFlight * token_stride / 16,
+          mma<Op>(flight[h % kFlights], a[i][s], b[i] + 2 * s + h * kFlight * token_stride / 16,
                   i + s ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
         }
       }
       cute::warpgroup_commit_batch();
-      if (h > 0) cute::warpgroup_wait<1>(), land(h - 1);
+      cute::warpgroup_wait<kFlights - 1>();
+      if (h >= kFlights - 1) land(h - kFlights + 1);
     }
     cute::warpgroup_wait<0>();
-    land(kTokens / kFlight - 1);
+    if constexpr (kFlights > 1) land(kTokens / kFlight - 1);
   }
 
   template <int Span>
@@ -217,8 +219,10 @@ struct Consumer {
   }
 
   // Prefill with long running sums, the branch first. Registers hold one set of sums, that of the
-  // tensor cores; after kPromoteSteps they are added up in the workspace (`slot`). Row groups do so
-  // at different times, so that the tensor cores have work.
+  // tensor cores: where FP8 makes it narrow, kPromoteSteps of a run go there, what is left of it
+  // (kShort steps, for whole runs) through a flight, and runs are added up in the workspace (`slot`).
+  static constexpr int kShort = 4;
+
   CUTLASS_DEVICE void multiply_resting(float4 const (&rows)[2], uint32_t scales, float4* slot) {
     static_assert(T::kStepBricks == 1);
     using Op = Mma<typename Format::Weight, typename Format::Token, kTokens, Format::kStepElements>;
@@ -234,27 +238,31 @@ struct Consumer {
         for (int i = 0; i < kTokens / 2; ++i) sum[i] *= branch_scale(i, rows, scales);
       }
     }
-    bool resting = false;
-    int step = 0;
-    while (step + 2 <= args.bricks) {
-      whole_step<Op>(sum), whole_step<Op>(sum);
-      step += 2;
-      int const turn = step + 4 * row_group;
-      if (turn % kPromoteSteps == 0 && turn < args.bricks) {
+    int const runs = Format::kNarrowSum ? ceil_div(args.bricks, kPromoteSteps + kShort) : 1;
+    for (int run = 1, step = 0; true; ++run) {
+      // Row groups end a run at different times, so that the tensor cores have work.
+      int const end = args.bricks * run / runs - (run < runs ? 4 * row_group : 0);
+      int const longest = Format::kNarrowSum ? kPromoteSteps : args.bricks;
+      if (int const last = min(end, step + longest) - 1; step < last) {
+        fence(sum);
+        do {
+          whole_step<Op>(sum), whole_step<Op>(sum);
+          step += 2;
+        } while (step < last);
         drain();
         fence(sum);
-        if (resting)
-          T::Epilogue::add_to_partial(slot, sum);
-        else
-          T::Epilogue::write_partial(slot, sum);
-        clear(sum);
-        resting = true;
       }
+      for (; step < end; ++step) wide_span<1>(rows);
+      if (run == runs) {
+        if (run > 1) T::Epilogue::add_partial(slot, sum);
+        return;
+      }
+      if (run > 1)
+        T::Epilogue::add_to_partial(slot, sum);
+      else
+        T::Epilogue::write_partial(slot, sum);
+      clear(sum);
     }
-    drain();
-    if (step < args.bricks) partial_step<Op, false>(sum, 1);
-    fence(sum);
-    if (resting) T::Epilogue::add_partial(slot, sum);
   }
 
  private:

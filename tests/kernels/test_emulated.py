@@ -119,9 +119,9 @@ def test_the_gemm_is_exact_up_to_its_sum(
         (1024, (320,), None, 20, Tile(32, 1, 4, 1, 5, 512, 2)),  # in clusters of two
         (2048, (704,), None, 48, Tile(64, 3, 1, 2, 5, 2048, 2)),
         (1024, (320,), "bf16", 40, Tile(64, 3, 1, 2, 5, 2048, 2)),
-        (2496, (320,), "fp8", 270, Tile(256, 2, 1, 1, 5, 4096, 2)),  # sums rest in the workspace
-        (3200, (192,), "fp8", 270, Tile(256, 2, 1, 1, 5, 3072)),
-        (1472, (192,), "bf16", 300, Tile(256, 2, 1, 1, 5, 3072, 2)),
+        (2496, (320,), "fp8", 270, Tile(256, 2, 1, 1, 5, 1024, 2)),  # sums rest in the workspace
+        (3200, (192,), "fp8", 270, Tile(256, 2, 1, 1, 5, 1024)),
+        (1472, (192,), "bf16", 300, Tile(256, 2, 1, 1, 5, 1024, 2)),
     ],
 )
 def test_tiles_are_exact_up_to_their_sum(
