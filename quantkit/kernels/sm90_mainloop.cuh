@@ -219,9 +219,9 @@ struct Consumer {
   }
 
   // Prefill with long running sums, the branch first. Registers hold one set of sums, that of the
-  // tensor cores: where FP8 makes it narrow, kPromoteSteps of a run go there, what is left of it
-  // (kShort steps, for whole runs) through a flight, and runs are added up in the workspace (`slot`).
-  static constexpr int kShort = 4;
+  // tensor cores. FP8's are narrow: no more than kPromoteSteps of a run go there, what is left of it
+  // through a flight, and runs are added up in the workspace (`slot`).
+  static constexpr int kShort = 4;  // steps through a flight that cost less than another run
 
   CUTLASS_DEVICE void multiply_resting(float4 const (&rows)[2], uint32_t scales, float4* slot) {
     static_assert(T::kStepBricks == 1);
@@ -238,10 +238,13 @@ struct Consumer {
         for (int i = 0; i < kTokens / 2; ++i) sum[i] *= branch_scale(i, rows, scales);
       }
     }
-    int const runs = Format::kNarrowSum ? ceil_div(args.bricks, kPromoteSteps + kShort) : 1;
+    int const one_run = Format::kNarrowSum ? kPromoteSteps + kShort : args.bricks;
+    int const runs = args.bricks <= one_run ? 1 : ceil_div(args.bricks, kPromoteSteps);
+    // Row groups and clusters end a run at different times, so that the tensor cores have work and
+    // L2 does not get all sums at once.
+    int const early = 4 * row_group + 2 * int(blockIdx.x / T::kCluster % 4) - 3;
     for (int run = 1, step = 0; true; ++run) {
-      // Row groups end a run at different times, so that the tensor cores have work.
-      int const end = args.bricks * run / runs - (run < runs ? 4 * row_group : 0);
+      int const end = args.bricks * run / runs - (run < runs ? early : 0);
       int const longest = Format::kNarrowSum ? kPromoteSteps : args.bricks;
       if (int const last = min(end, step + longest) - 1; step < last) {
         fence(sum);
