@@ -35,6 +35,12 @@ class PackedMlp(nn.Module):
         return down(self.get_submodule("act_fn")(gate(x)) * up(x))
 
 
+def _is_silu(activation: object) -> bool:
+    from transformers.activations import ACT2FN  # has a class of its own since version 5
+
+    return isinstance(activation, (nn.SiLU, type(ACT2FN["silu"])))
+
+
 def fuse(block: nn.Module, name: str = "mlp") -> None:
     """Replace the MLP of a decoder block by a PackedMlp if it is one of gate, up, SiLU and down."""
     mlp = getattr(block, name, None)
@@ -46,6 +52,6 @@ def fuse(block: nn.Module, name: str = "mlp") -> None:
         and isinstance(down, QuantLinear)
         and gate.site.members == [gate, up]
         and down.site.members == [down]
-        and isinstance(mlp.act_fn, nn.SiLU)
+        and _is_silu(mlp.act_fn)
     ):
         setattr(block, name, PackedMlp(mlp))

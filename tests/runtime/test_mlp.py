@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from transformers.activations import ACT2FN
 
 from quantkit.formats import mxfp4
 from quantkit.kernels import dispatch, reference
-from quantkit.pack.scheme import SiteFormat
+from quantkit.pack.scheme import SiteFormat, build
+from quantkit.runtime.convert import replace_linears
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.mlp import PackedMlp, fuse
 from quantkit.runtime.site import PackedSite
+from tests.tiny import tiny_model
 
 FORMAT = SiteFormat("mxfp4", "mxfp4")
 HIDDEN, INNER = 64, 96
@@ -73,19 +76,27 @@ def _quiet() -> None:
 
 
 @pytest.mark.parametrize("kernel", [None, Joined, Gated])
+@pytest.mark.parametrize("activation", [nn.SiLU(), ACT2FN["silu"]], ids=["torch", "transformers"])
 def test_it_computes_what_the_mlp_did(
-    kernel: type[Joined] | None, monkeypatch: pytest.MonkeyPatch
+    activation: nn.Module, kernel: type[Joined] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = lambda site, work, linears, device: kernel and kernel(linears)  # noqa: E731
     monkeypatch.setattr(dispatch, "prepare", prepare)
     x = torch.randn(2, 3, HIDDEN)
-    plain = block(nn.SiLU()).mlp
-    fused = block(nn.SiLU())
+    plain = block(activation).mlp
+    fused = block(activation)
     fuse(fused)
     assert isinstance(fused.mlp, PackedMlp)
     torch.testing.assert_close(fused.mlp(x), plain(x))
     assert Gated.calls == (1 if kernel is Gated else 0)
     assert fused.mlp.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_models_of_transformers_have_it(family: str) -> None:
+    model = tiny_model(family)
+    replace_linears(model, build("mxfp4"), torch.float32)
+    assert all(isinstance(layer.mlp, PackedMlp) for layer in model.model.layers)
 
 
 def test_torch_compile_traces_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
