@@ -135,7 +135,7 @@ struct Mxfp8InBf16 {
 constexpr int kBranchBrick = 64 * 64;
 
 struct NoBranch {
-  static constexpr bool kPresent = false;
+  static constexpr bool kPresent = false, kScaled = false;
 };
 
 struct Bf16Branch {  // weights divided by the row scale, activations by the token scale: exact

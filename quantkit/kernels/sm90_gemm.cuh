@@ -118,7 +118,7 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
       consumer.multiply_resting(
           rows, scales, Epilogue::partial(args, blockIdx.x, T::kRowGroups, row_group, thread));
     else if constexpr (T::kPrefill)
-      consumer.multiply_wide(work, rows, scales);
+      consumer.multiply_wide(rows, scales);
     else
       consumer.multiply(work, rows, scales);
 

@@ -194,50 +194,40 @@ struct Consumer {
     for (int i = 0; i < Span; ++i) release(stages[i]);
   }
 
-  CUTLASS_DEVICE void multiply_wide(Segment const& work, float4 const (&rows)[2], uint32_t scales) {
+  CUTLASS_DEVICE void multiply_wide(float4 const (&rows)[2], uint32_t scales) {
     static_assert(T::kStepBricks == 1);
     int step = 0;
     for (; step + kSpan <= args.bricks; step += kSpan) wide_span<kSpan>(rows);
     for (; step < args.bricks; ++step) wide_span<1>(rows);
-    if constexpr (Branch::kPresent) {
-      using Op =
-          Mma<typename Branch::Element, typename Branch::Element, kFlight, Branch::kStepElements>;
-      if constexpr (Branch::kScaled) {
-        wait_async_copies();
-        barrier_sync(kWarpgroupBarrier + row_group, 128);
-      }
-      for (; step < work.end; ++step) {
-        shared.full[ring.stage].wait(ring.phase);
-        uint32_t a[1][2][4];
-        load_branch(a[0], weights(ring.stage, 0, T::kBranchBytes), thread);
-        uint64_t const b[1] = {descriptor<64>(tokens(ring.stage, 0, T::kBranchTokenBrick))};
-        wide<Op>(a, b, 64, rows, Branch::kScaled ? scales : 0);
-        release(ring.stage);
-        ring.advance<T::kStages>();
-      }
+    if constexpr (Branch::kPresent) wide_branch(rows, scales);
+  }
+
+  CUTLASS_DEVICE void wide_branch(float4 const (&rows)[2], uint32_t scales) {
+    using Op =
+        Mma<typename Branch::Element, typename Branch::Element, kFlight, Branch::kStepElements>;
+    if constexpr (Branch::kScaled) {
+      wait_async_copies();
+      barrier_sync(kWarpgroupBarrier + row_group, 128);
+    }
+    for (int step = 0; step < args.branch_bricks; ++step) {
+      shared.full[ring.stage].wait(ring.phase);
+      uint32_t a[1][2][4];
+      load_branch(a[0], weights(ring.stage, 0, T::kBranchBytes), thread);
+      uint64_t const b[1] = {descriptor<64>(tokens(ring.stage, 0, T::kBranchTokenBrick))};
+      wide<Op>(a, b, 64, rows, Branch::kScaled ? scales : 0);
+      release(ring.stage);
+      ring.advance<T::kStages>();
     }
   }
 
-  // Prefill with long running sums, the branch first. Registers hold one set of sums, that of the
-  // tensor cores. FP8's are narrow: no more than kPromoteSteps of a run go there, what is left of it
-  // through a flight, and runs are added up in the workspace (`slot`).
+  // Prefill with long running sums. Registers hold one set of sums, that of the tensor cores. FP8's
+  // are narrow: no more than kPromoteSteps of a run go there, what is left of it through a flight,
+  // and runs are added up in the workspace (`slot`). A branch of 16 bits, last, loses nothing.
   static constexpr int kShort = 4;  // steps through a flight that cost less than another run
 
   CUTLASS_DEVICE void multiply_resting(float4 const (&rows)[2], uint32_t scales, float4* slot) {
     static_assert(T::kStepBricks == 1);
     using Op = Mma<typename Format::Weight, typename Format::Token, kTokens, Format::kStepElements>;
-    if constexpr (Branch::kPresent) {
-      using BranchOp =
-          Mma<typename Branch::Element, typename Branch::Element, kTokens, Branch::kStepElements>;
-      for (int step = 0; step < args.branch_bricks; ++step) partial_step<BranchOp, true>(sum, 1);
-      if constexpr (Branch::kScaled) {
-        wait_async_copies();
-        barrier_sync(kWarpgroupBarrier + row_group, 128);
-        fence(sum);
-#pragma unroll
-        for (int i = 0; i < kTokens / 2; ++i) sum[i] *= branch_scale(i, rows, scales);
-      }
-    }
     int const one_run = Format::kNarrowSum ? kPromoteSteps + kShort : args.bricks;
     int const runs = args.bricks <= one_run ? 1 : ceil_div(args.bricks, kPromoteSteps);
     // Row groups and clusters end a run at different times, so that the tensor cores have work and
@@ -257,6 +247,15 @@ struct Consumer {
       }
       for (; step < end; ++step) wide_span<1>(rows);
       if (run == runs) {
+        if constexpr (Branch::kScaled) {
+          wide_branch(rows, scales);
+        } else if constexpr (Branch::kPresent) {
+          using BranchOp =
+              Mma<typename Branch::Element, typename Branch::Element, kTokens, Branch::kStepElements>;
+          fence(sum);
+          for (int i = 0; i < args.branch_bricks; ++i) partial_step<BranchOp, true>(sum, 1);
+          fence(sum);
+        }
         if (run > 1) T::Epilogue::add_partial(slot, sum);
         return;
       }
@@ -269,11 +268,6 @@ struct Consumer {
   }
 
  private:
-  // What the FP8 branch's sum i is multiplied by.
-  CUTLASS_DEVICE float branch_scale(int i, float4 const (&rows)[2], uint32_t scales) const {
-    int const token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    return rows[i / 2 % 2].z * __uint_as_float(load_shared_32(scales + token * 8 + 4));
-  }
   CUTLASS_DEVICE static void clear(float (&acc)[kTokens / 2]) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.f;

@@ -24,7 +24,7 @@ struct Tile {
   static constexpr int kFinished = ceil_div(kRowGroups * kSlices, kParts);
   static constexpr int kCtas = kCluster * kParts;  // of a cluster
   static constexpr bool kPrefill = kTokens > 64;
-  // Prefill with long running sums: they rest in the workspace, and the branch comes first.
+  // Prefill with long running sums, which rest in the workspace.
   static constexpr bool kResting = kPrefill && kPromoteColumns > 512;
 
   static constexpr int kWarpgroups = kRowGroups * kKGroups, kThreads = kWarpgroups * 128 + 128;
@@ -161,7 +161,6 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared, int 
   uint64_t const stream = T::kPrefill ? evict_normal_policy() : evict_first_policy();
   uint64_t const keep = evict_last_policy();
   int const main = ceil_div(args.bricks, T::kStepBricks);
-  int const main_at = T::kResting ? args.branch_bricks : 0, branch_at = T::kResting ? 0 : main;
   // In units of which both kinds of bricks are multiples.
   constexpr int kUnit = std::gcd(T::Format::kBytes, T::kBranchBytes);
   int const main_units = args.bricks * (T::Format::kBytes / kUnit);
@@ -180,8 +179,8 @@ CUTLASS_DEVICE void produce(Arguments const& args, Shared<T> const& shared, int 
       if constexpr (T::kCluster > 1) row_groups = max(row_groups, 0);
       for (int step = work.begin; step < work.end; ++step, ++count, ring.advance<T::kStages>()) {
         if (pass == 0 && count == ahead) break;
-        bool const branch = T::kResting ? step < main_at : step >= main;
-        int const first = (branch ? step - branch_at : step - main_at) * T::kStepBricks;
+        bool const branch = step >= main;
+        int const first = (branch ? step - main : step) * T::kStepBricks;
         int const bricks = min(T::kStepBricks, (branch ? args.branch_bricks : args.bricks) - first);
         int const token_brick = branch ? T::kBranchTokenBrick : T::kTokenBrick;
         int const brick = branch ? T::kBranchBytes : T::Format::kBytes;
