@@ -162,10 +162,11 @@ def trying(tile: Tile) -> Iterator[None]:
 def rests(tile: Tile, width: int, weights: str) -> bool:
     """Whether sums of a prefill tile rest in memory: FP8's, of more than one run of columns.
 
-    A run is `promote` columns in one running sum and 512 in shorter ones: a sum of 4096 would be up
-    to 1.81e-3 off in bfloat16, shorter ones alone take a sixth longer.
+    K is one run if `promote` columns in one running sum and 512 in shorter ones hold it: a sum of
+    4096 would be up to 1.81e-3 off in bfloat16, shorter ones alone take a sixth longer.
     """
-    return weights == "mxfp4" and tile.tokens == 256 and width > tile.promote + 512 > 1024
+    long_sums = weights == "mxfp4" and tile.tokens > 64 and tile.promote > 512
+    return long_sums and width > tile.promote + 512
 
 
 def _tile(tokens: int, rows: int, bricks: int | None = None) -> Tile:
