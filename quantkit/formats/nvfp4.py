@@ -34,7 +34,7 @@ def quantize(x: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor, 
     """
     blocks = to_blocks(x, BLOCK)
     if divisor is None:
-        divisor = global_scale(x.abs().amax())
+        divisor = global_scale(_largest(x))
     scale = block_scale(blocks.abs().amax(-1), divisor)
     return quantize_with_scales(x, scale, divisor)
 
@@ -82,6 +82,11 @@ def elements(x: Tensor, divisor: Tensor | None = None) -> tuple[Tensor, Tensor, 
     """What `quantize` stores, as float32 numbers: blocks [.., K/16, 16], scales, divisor."""
     blocks = to_blocks(x, BLOCK)
     if divisor is None:
-        divisor = global_scale(x.abs().amax())
+        divisor = global_scale(_largest(x))
     scale = block_scale(blocks.abs().amax(-1), divisor)
     return round_to_element(_scaled(blocks, scale, divisor), E2M1), scale, divisor
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of x, zero of no numbers: an expert may get no tokens."""
+    return x.abs().amax() if x.numel() else x.new_zeros(())

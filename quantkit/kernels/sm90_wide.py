@@ -153,4 +153,4 @@ def tiles_of(x: Tensor, row_bytes: int) -> Tensor:
     row = torch.arange(size, device=x.device)[:, None]
     place = torch.arange(row_bytes // 16, device=x.device)[None]
     place = place ^ row * row_bytes // 128 % (row_bytes // 16)
-    return chunks[:, :, row, place].reshape(len(chunks), -1).view(torch.uint8)
+    return chunks[:, :, row, place].flatten(1).view(torch.uint8)

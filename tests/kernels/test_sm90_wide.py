@@ -121,6 +121,18 @@ def test_damaged_rows_are_nan() -> None:
     assert prepare_fp4(tensors).rows[:4, 0].isnan().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+@pytest.mark.parametrize("formats", FORMATS)
+def test_no_tokens_give_no_rows(formats: tuple[str, str], branch: str | None) -> None:
+    task = wide_work(formats, 96, (8, 4), branch)
+    tensors = [wide_layer(task, outputs)[0] for outputs in task.outputs]
+    nothing = torch.empty(0, 96, dtype=torch.bfloat16)
+    assert sm90_wide.WideLinear(task, tensors)(nothing).shape == (0, 12)
+    for linear in tensors:
+        linear.pop("input_global_scale", None)  # that of the moment
+    assert sm90_wide.WideLinear(task, tensors)(nothing).shape == (0, 12)
+
+
 def test_tokens_are_swizzled_tiles() -> None:
     x = torch.arange(3 * 96, dtype=torch.float32).reshape(3, 96).to(torch.bfloat16)
     tiles = sm90_wide.tiles_of(x, 128).view(torch.bfloat16).reshape(2, 8, 8, 8)  # brick, row, chunk
