@@ -2,8 +2,10 @@
 
     python benchmarks/decode.py --batch 1,8,32 --json decode.json --markdown decode.md
 
-Each model generates through transformers' own `generate` with a static cache and its compiled
-decoding step (CUDA graphs); FP8 is torch's per-token scaled_mm in place of every linear of a block.
+Each model generates through transformers' own `generate` with a static cache; FP8 is torch's
+per-token scaled_mm in place of every linear of a block. The compiled decoding step is transformers'
+(torch.compile's CUDA graphs) or quantkit's (`quantkit.runtime.decode`, which `quantkit.load` gives
+packed models); every model runs with both unless `--step` names one, and the table says which.
 Tokens per second count the steps after the first few, from CUDA events at each step; memory is
 what the weights occupy on the GPU before generation, and that of the decoder blocks alone, without
 embedding and output head. These two are bfloat16 in the `bf16` and the `fp8` model always, and in
@@ -31,6 +33,7 @@ from quantkit.kernels import dispatch
 from quantkit.pack.layout import index_tensor, padded
 from quantkit.pack.scheme import ENDS, Scheme, build, end_format
 from quantkit.runtime.convert import replace_linears
+from quantkit.runtime.decode import install
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.norm import SiteNorm
 
@@ -47,6 +50,7 @@ QWEN3_8B = {
 }
 WARM_STEPS = 24  # the first steps compile, capture and fill caches
 KINDS = ("bf16", "fp8", "w4a4", "osc")
+STEPS = ("transformers", "quantkit")
 
 
 class Fp8Linear(nn.Module):
@@ -128,6 +132,7 @@ def random_model(
         if isinstance(module, QuantLinear) and module.format.branch:
             channels = torch.arange(0, module.in_features, 32)
             module.outlier_index.copy_(index_tensor(channels, module.format.outliers))
+    install(model)  # as loading a packed checkpoint does
     return model
 
 
@@ -167,10 +172,11 @@ class StepClock:
         return self.events[WARM_STEPS].elapsed_time(self.events[-1]) / steps
 
 
-def decode(model: Any, batch: int, prompt: int, steps: int) -> float:
-    """Milliseconds of a decoding step of `generate` at `batch` sequences."""
+def decode(model: Any, batch: int, prompt: int, steps: int, step: str = "quantkit") -> float:
+    """Milliseconds of a decoding step of `generate` at `batch` sequences, a step of `step`'s."""
     from transformers import StoppingCriteriaList
 
+    os.environ["QUANTKIT_DECODE"] = step
     tokens = torch.randint(0, 1000, (batch, prompt), device=model.device)
     clock = StepClock()
     with torch.no_grad():
@@ -184,6 +190,8 @@ def decode(model: Any, batch: int, prompt: int, steps: int) -> float:
             eos_token_id=None,
             pad_token_id=0,
         )
+    if step == "quantkit" and model.get_compiled_call.reason:
+        raise RuntimeError(f"transformers' step ran: {model.get_compiled_call.reason}")
     return clock.step_ms()
 
 
@@ -208,13 +216,16 @@ def measure(
     found |= {"weights_bytes": weights, "blocks_bytes": weights - sum(held.values())}
     found |= {f"{name}_bytes": size for name, size in held.items()}
     found["ends"] = ", ".join(f"{name} {words(module)}" for name, module in ends.items())
-    found |= {"kernels": dispatch.summary(), "batch": {}}
-    for batch in options.batch:
-        torch._dynamo.reset()
-        step = decode(model, batch, options.prompt, options.steps)
-        found["batch"][batch] = {"step_ms": step, "tokens_per_s": batch / step * 1e3}
-        console.note(f"{kind} batch {batch}: {step:.3f} ms, {batch / step * 1e3:.0f} tokens/s")
-        save()
+    found |= {"kernels": dispatch.summary(), "steps": {step: {} for step in options.step}}
+    for step in options.step:
+        for batch in options.batch:
+            torch._dynamo.reset()
+            ms = decode(model, batch, options.prompt, options.steps, step)
+            found["steps"][step][batch] = {"step_ms": ms, "tokens_per_s": batch / ms * 1e3}
+            console.note(
+                f"{kind}, {step}, batch {batch}: {ms:.3f} ms, {batch / ms * 1e3:.0f} tokens/s"
+            )
+            save()
     if options.profile:
         found["profile"] = profile(model, options)
     del model
@@ -243,7 +254,7 @@ def profile(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     from torch.profiler import profile as torch_profile
 
     with torch_profile(activities=[ProfilerActivity.CUDA]) as trace:
-        decode(model, options.batch[0], options.prompt, 8)
+        decode(model, options.batch[0], options.prompt, 8, options.step[-1])
     rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)[:15]
     return [
         {"kernel": row.key[:90], "calls": row.count, "us": row.self_device_time_total}
@@ -258,33 +269,28 @@ def markdown(headers: list[str], rows: list[list[Any]]) -> str:
 
 
 def as_text(found: dict[str, Any], layout: Callable[..., str] = console.table) -> str:
-    """Tokens a second and their ratios to bfloat16 and FP8."""
+    """Tokens a second; ratios to bfloat16 and FP8 with transformers' step, and with the same."""
     models = found["models"]
+
+    def ratio(kind: str, step: str, batch: int, rate: float) -> str:
+        cell = models.get(kind, {}).get("steps", {}).get(step, {}).get(batch)
+        return f"{rate / cell['tokens_per_s']:.2f}" if cell else "-"
+
     rows = []
     for kind, model in models.items():
-        for batch, cell in model["batch"].items():
-            ratios = [
-                f"{cell['tokens_per_s'] / models[base]['batch'][batch]['tokens_per_s']:.2f}"
-                if base in models
-                else "-"
-                for base in ("bf16", "fp8")
-            ]
-            memory = []
-            for part in ("weights_bytes", "blocks_bytes"):
-                share = f"{model[part] / models['bf16'][part]:.2f}" if "bf16" in models else "-"
-                memory += [f"{model[part] / 1e9:.2f}", share]
-            rows.append(
-                [
-                    kind,
-                    model["ends"],
-                    batch,
-                    f"{cell['step_ms']:.3f}",
-                    f"{cell['tokens_per_s']:.0f}",
-                    *ratios,
-                    *memory,
-                ]
-            )
-    headers = ["model", "outside the blocks", "batch", "ms a step", "tokens/s", "x bf16", "x fp8"]
+        memory = []
+        for part in ("weights_bytes", "blocks_bytes"):
+            share = f"{model[part] / models['bf16'][part]:.2f}" if "bf16" in models else "-"
+            memory += [f"{model[part] / 1e9:.2f}", share]
+        for step, cells in model["steps"].items():
+            for batch, cell in cells.items():
+                rate = cell["tokens_per_s"]
+                ratios = [ratio(base, STEPS[0], batch, rate) for base in ("bf16", "fp8")]
+                ratios += [ratio(base, step, batch, rate) for base in ("bf16", "fp8")]
+                speed = [f"{cell['step_ms']:.3f}", f"{rate:.0f}"]
+                rows.append([kind, model["ends"], step, batch, *speed, *ratios, *memory])
+    headers = ["model", "outside the blocks", "step", "batch", "ms a step", "tokens/s"]
+    headers += ["x bf16", "x fp8", "x bf16, same step", "x fp8, same step"]
     headers += ["GB", "of bf16", "blocks GB", "of bf16"]
     return f"{found['device']}\n\n{layout(headers, rows)}"
 
@@ -298,6 +304,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN3_8B["num_hidden_layers"])
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument(
+        "--step", type=lambda text: text.split(","), default=list(STEPS), help="whose, of both"
+    )
     for end in ("--head", "--embedding"):
         parser.add_argument(end, choices=ENDS, help="its format in the packed models, not bf16")
     parser.add_argument(

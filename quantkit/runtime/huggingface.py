@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.model.families import FAMILIES
 from quantkit.pack import scheme as schemes
+from quantkit.runtime import decode
 from quantkit.runtime.convert import EXPERTS, replace_linears
 from quantkit.runtime.experts import QuantExperts
 
@@ -65,6 +66,10 @@ class QuantkitQuantizer(HfQuantizer):
             # `get_weight_conversions`, which it calls next, gives the type back.
             self._hidden_type = model.config, model.config.model_type
             model.config.model_type = ""
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        decode.install(model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:

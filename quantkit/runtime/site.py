@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,10 @@ class PackedSite:
         if self._chosen_for != (x.device, x.dtype):
             self.choose(x.device, x.dtype)
         return self._kernel
+
+    def prepared(self) -> weakref.ref[nn.Module] | None:
+        """The kernel chosen last; another one, even at the same place, is not equal to it."""
+        return None if self._kernel is None else weakref.ref(self._kernel)
 
     def forget(self) -> None:
         """Choose again on the next use (the members' tensors moved or changed)."""

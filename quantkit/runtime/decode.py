@@ -1,0 +1,313 @@
+"""The decoding step of transformers' `generate` with a static cache, as one CUDA graph.
+
+transformers compiles the step and runs it through torch.compile's own CUDA graphs; checking that
+everything compiled still holds then takes the host about as long as a packed model takes the GPU.
+Here the compiled step is captured once for each cache and replayed, after a check of what a replay
+depends on: the form of the arguments, and the state of the cache. What is not understood goes the
+way of transformers.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import UsageError
+from quantkit.runtime.experts import QuantExperts
+from quantkit.runtime.linear import QuantLinear
+from quantkit.runtime.step_graph import StepGraph, turns_of
+
+GRAPHS = 8  # of a model: for the caches used last
+MISSES = 2  # graphs of a cache in a row that fit no second step, before it is left alone
+PASSIVE_HOOKS = "transformers.utils.output_capturing"  # what they collect shows in the output
+
+
+class Left(Exception):
+    """Why a step, or the steps of a whole `generate`, are left to transformers."""
+
+
+def install(model: Any) -> None:
+    """Let `model.generate` take its decoding steps from here where it can (CUDA, static cache).
+
+    They are transformers' compiled steps, but attention reads K and V once for a group of queries,
+    which adds up in another order. `QUANTKIT_DECODE=transformers` in the environment, when
+    `generate` starts, leaves them to transformers.
+    """
+    model.get_compiled_call = DecodingStep(model)
+
+
+@dataclass
+class Record:
+    """What is known of a cache: the form of its step, its state between steps, the graph."""
+
+    cache: weakref.ref[Any]
+    form: tuple[object, ...]
+    graph: StepGraph
+    state: list[tuple[object, ...]]
+    addresses: list[int]
+    misses: int = 0  # graphs before it in a row that were never replayed
+    refused: str = ""
+
+    def fits(self, form: tuple[object, ...], cache: Any) -> bool:
+        """Whether a replay is this step on this cache."""
+        return (
+            self.form == form
+            and same(self.state, state_of(cache))
+            and self.addresses == addresses_of(self.state)
+        )
+
+
+class DecodingStep:
+    """Takes the place of a model's `get_compiled_call`, which `generate` asks for its step.
+
+    `reason` says why the last step, or the last `generate` that began, was left to transformers;
+    it is empty when it was not.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)  # which holds this
+        self.reason = ""
+        self._records: OrderedDict[int, Record] = OrderedDict()  # by the identity of the cache
+        self._lock = threading.RLock()
+        self._compiled: dict[tuple[object, ...], Callable[..., Any]] = {}
+        self._weights: tuple[object, ...] = ()
+        self._stateful: set[type] = set()  # layers of caches that change in Python
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingStep:
+        model = self._model()
+        return DecodingStep(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._model(), "get_compiled_call")  # of its class, where it is read
+
+    def __call__(self, compile_config: Any = None) -> Callable[..., Any]:
+        """The step for one `generate`, to be called with the model's keyword arguments."""
+        model: Any = self._model()
+        theirs = partial(type(model).get_compiled_call, model, compile_config)
+        try:
+            check_model(model)
+            compiled = self._compile(model, compile_config)
+        except Left as why:
+            self.reason = str(why)
+            return theirs()
+        self.reason = ""
+        if self._weights != (weights := weights_of(model)):
+            self._records.clear()
+            self._weights = weights
+        return partial(self._step, theirs, compiled)
+
+    def _compile(self, model: Any, config: Any) -> Callable[..., Any]:
+        """The model's forward compiled as `config` says but without CUDA graphs."""
+        from transformers.generation.configuration_utils import CompileConfig
+
+        config, usual = config or CompileConfig(), CompileConfig()
+        if any(getattr(config, at) != getattr(usual, at) for at in ("backend", "mode", "options")):
+            raise Left("the compile configuration is not the default")
+        key = config.fullgraph, config.dynamic
+        if key not in self._compiled:
+            options: dict[str, Any] = {"triton.cudagraphs": False}
+            self._compiled[key] = torch.compile(
+                model.__call__, fullgraph=key[0], dynamic=key[1], options=options
+            )
+        return self._compiled[key]
+
+    def _step(
+        self, theirs: Callable[[], Any], compiled: Callable[..., Any], **arguments: Any
+    ) -> Any:
+        try:
+            output = self._own(compiled, arguments)
+        except Left as why:
+            self.reason = str(why)
+            return theirs()(**arguments)
+        self.reason = ""
+        return output
+
+    def _own(self, compiled: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """The output of a step; Left when nothing was done."""
+        from quantkit.runtime.attention import one_token_attention
+
+        check_mode()
+        given = {name: v for name, v in arguments.items() if name != "past_key_values"}
+        cache = arguments.get("past_key_values")
+        tensors, form = form_of(given)
+        model: Any = self._model()
+        with self._lock:
+            record = self._records.get(id(cache))
+            if record is not None and record.refused:
+                raise Left(record.refused)
+            if record is None or not record.fits(form, cache):
+                self._check_step(given, cache, record)
+                with one_token_attention(model.config):
+                    return self._first(compiled, given, tensors, form, cache)
+            if not record.graph.captured:
+                with one_token_attention(model.config):
+                    capture(record, cache)
+            record.misses = 0
+            self._records.move_to_end(id(cache))
+            return record.graph.replay(tensors, cache)
+
+    def _check_step(self, given: dict[str, Any], cache: Any, record: Record | None) -> None:
+        """Left when a step that fits no graph should not get one."""
+        check_cache(cache)
+        if self._stateful.intersection(map(type, cache.layers)):
+            raise Left("the cache counts in Python")
+        ids = given.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.shape[1:] != (1,):
+            raise Left("not one token a sequence")
+        if record is not None and record.misses >= MISSES:
+            record.refused = "no two steps of this cache are alike"
+            raise Left(record.refused)
+
+    def _first(
+        self,
+        compiled: Callable[..., Any],
+        given: dict[str, Any],
+        tensors: list[Tensor],
+        form: tuple[object, ...],
+        cache: Any,
+    ) -> Any:
+        """Do a step that no graph fits, and keep what the next one needs."""
+        graph = StepGraph(turns_of(tensors[0].device), compiled, given)
+        before, earlier = state_of(cache), self._records.pop(id(cache), None)
+        output = graph.warm_up(tensors, cache)
+        state = state_of(cache)
+        record = Record(weakref.ref(cache), form, graph, state, addresses_of(state))
+        if not same(before, state):
+            record.refused = "the cache counts in Python"
+            parts = zip(before[1:], state[1:], cache.layers, strict=True)
+            self._stateful |= {type(part) for a, b, part in parts if not same([a], [b])}
+        elif set(output) != {"logits", "past_key_values"} or output.past_key_values is not cache:
+            record.refused = "there are outputs beside the logits"
+        if earlier is None:
+            weakref.finalize(cache, self._records.pop, id(cache), None).atexit = False
+        else:
+            record.misses = earlier.misses + 1
+        self._records[id(cache)] = record
+        while len(self._records) > GRAPHS:
+            self._records.popitem(last=False)
+        return output
+
+
+def capture(record: Record, cache: Any) -> None:
+    """Capture the record's graph, or refuse its cache from now on (Left)."""
+    try:
+        record.graph.capture(cache)
+    except RuntimeError as error:
+        record.refused = f"no CUDA graph: {(str(error).splitlines() or [''])[0]}"
+        raise Left(record.refused) from None
+
+
+def check_model(model: Any) -> None:
+    """Left when the steps of this model, as it is now, are not to be replayed."""
+    wanted = os.environ.get("QUANTKIT_DECODE", "quantkit")
+    if wanted not in ("quantkit", "transformers"):
+        raise UsageError(
+            f"QUANTKIT_DECODE={wanted!r} names no decoding step",
+            "set it to quantkit or transformers",
+        )
+    if wanted == "transformers":
+        raise Left("QUANTKIT_DECODE=transformers")
+    if model.training:
+        raise Left("the model is in training mode")
+    check_device(model)
+    if "llama4" in model.config.model_type:
+        raise Left("transformers does not compile this model")
+    modules = list(model.modules())
+    if any(isinstance(module, QuantExperts) for module in modules):
+        raise Left("a mixture's tokens are sorted on the host")
+    if any(map(hooked, modules)):
+        raise Left("there are hooks in the model")
+
+
+def check_device(model: nn.Module) -> None:
+    """Left for models that are not on one CUDA device."""
+    devices = {parameter.device for parameter in model.parameters()}
+    parts = getattr(model, "hf_device_map", {})
+    if len(devices) != 1 or len(set(parts.values())) > 1:
+        raise Left("the model is on several devices")
+    if (device := devices.pop()).type != "cuda":
+        raise Left(f"the model is on {device.type}")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether Python that a replay leaves out runs in the module's forward."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(getattr(hook, "__module__", "") != PASSIVE_HOOKS for hook in hooks)
+
+
+def check_mode() -> None:
+    """Left when torch is in a mode that a graph has not been made in."""
+    if torch.is_grad_enabled():
+        raise Left("gradients are enabled")
+    if torch.is_autocast_enabled("cuda"):
+        raise Left("autocast is enabled")
+
+
+def check_cache(cache: Any) -> None:
+    """Left for anything but a static cache that has a prompt in it."""
+    from transformers import StaticCache
+
+    if type(cache) is not StaticCache:
+        raise Left(f"the cache is a {type(cache).__name__}")
+    if getattr(cache, "offloading", False):
+        raise Left("the cache is offloaded")
+    if not all(getattr(layer, "is_initialized", False) for layer in cache.layers):
+        raise Left("the cache is empty")
+
+
+def form_of(arguments: dict[str, Any]) -> tuple[list[Tensor], tuple[object, ...]]:
+    """The tensors among the arguments, in order, and everything of them but the numbers.
+
+    Left for arguments of unknown types.
+    """
+    tensors: list[Tensor] = []
+    form: list[object] = [torch.is_inference_mode_enabled()]
+
+    def look(name: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                look(f"{name}.{key}", part)
+        elif type(value) is Tensor:
+            tensors.append(value)
+            form.append((name, value.shape, value.dtype, value.device))
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            form.append((name, type(value), value))
+        else:
+            raise Left(f"{name} is a {type(value).__name__}")
+
+    look("", arguments)
+    return tensors, tuple(form)
+
+
+def state_of(cache: Any) -> list[tuple[object, ...]]:
+    """Everything the cache and its layers hold."""
+    return [tuple(part.__dict__.values()) for part in (cache, *cache.layers)]
+
+
+def same(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> bool:
+    """Whether two states are made of the same objects (whose numbers, in tensors, may differ)."""
+    return len(one) == len(other) and all(
+        len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(one, other, strict=True)
+    )
+
+
+def addresses_of(state: list[tuple[object, ...]]) -> list[int]:
+    """Where the tensors of a state lie."""
+    return [x.data_ptr() for part in state for x in part if isinstance(x, Tensor)]
+
+
+def weights_of(model: Any) -> tuple[object, ...]:
+    """What a graph reads beside inputs and cache: it is made anew when this changes."""
+    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    return tuple(addresses), tuple(module.site.prepared() for module in linears)
