@@ -58,6 +58,10 @@ class Record:
     misses: int = 0  # graphs before it in a row that were never replayed
     refused: str = ""
 
+    def refuses(self, form: tuple[object, ...]) -> bool:
+        """Whether this step is known not to be one to replay, or none of this cache is."""
+        return self.refused != "" and (self.form == form or self.misses >= MISSES)
+
     def fits(self, form: tuple[object, ...], cache: Any) -> bool:
         """Whether a replay is this step on this cache."""
         return (
@@ -143,7 +147,7 @@ class DecodingStep:
         model: Any = self._model()
         with self._lock:
             record = self._records.get(id(cache))
-            if record is not None and record.refused:
+            if record is not None and record.refuses(form):
                 raise Left(record.refused)
             if record is None or not record.fits(form, cache):
                 self._check_step(given, cache, record)
