@@ -48,12 +48,12 @@ def install(model: Any) -> None:
 
 @dataclass
 class Record:
-    """What is known of a cache: the form of its step, its state between steps, the graph."""
+    """What is known of a living cache: the form of its step, its state between steps, the graph."""
 
-    cache: weakref.ref[Any]
     form: tuple[object, ...]
     graph: StepGraph
     state: list[tuple[object, ...]]
+    tensors: list[Tensor]  # of the state
     addresses: list[int]
     misses: int = 0  # graphs before it in a row that were never replayed
     refused: str = ""
@@ -67,7 +67,7 @@ class Record:
         return (
             self.form == form
             and same(self.state, state_of(cache))
-            and self.addresses == addresses_of(self.state)
+            and self.addresses == [tensor.data_ptr() for tensor in self.tensors]
         )
 
 
@@ -150,6 +150,8 @@ class DecodingStep:
             if record is not None and record.refuses(form):
                 raise Left(record.refused)
             if record is None or not record.fits(form, cache):
+                if {tensor.device for tensor in tensors} != {model.device}:
+                    raise Left("the inputs are on another device")
                 self._check_step(given, cache, record)
                 with one_token_attention(model.config):
                     return self._first(compiled, given, tensors, form, cache)
@@ -185,7 +187,9 @@ class DecodingStep:
         before, earlier = state_of(cache), self._records.pop(id(cache), None)
         output = graph.warm_up(tensors, cache)
         state = state_of(cache)
-        record = Record(weakref.ref(cache), form, graph, state, addresses_of(state))
+        held = [x for part in state for x in part if isinstance(x, Tensor)]
+        places = [tensor.data_ptr() for tensor in held]
+        record = Record(form, graph, state, held, places)
         if not same(before, state):
             record.refused = "the cache counts in Python"
             parts = zip(before[1:], state[1:], cache.layers, strict=True)
@@ -303,11 +307,6 @@ def same(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> bool
     return len(one) == len(other) and all(
         len(a) == len(b) and all(map(operator.is_, a, b)) for a, b in zip(one, other, strict=True)
     )
-
-
-def addresses_of(state: list[tuple[object, ...]]) -> list[int]:
-    """Where the tensors of a state lie."""
-    return [x.data_ptr() for part in state for x in part if isinstance(x, Tensor)]
 
 
 def weights_of(model: Any) -> tuple[object, ...]:
