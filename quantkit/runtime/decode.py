@@ -17,7 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,12 @@ from quantkit.runtime.experts import QuantExperts
 from quantkit.runtime.linear import QuantLinear
 from quantkit.runtime.step_graph import StepGraph, turns_of
 
+if TYPE_CHECKING:
+    from quantkit.runtime.step_inputs import Steps
+
 GRAPHS = 8  # of a model: for the caches used last
 MISSES = 2  # graphs of a cache in a row that fit no second step, before it is left alone
+GIVEN = "input_ids", "position_ids", "attention_mask", "past_key_values"  # to a step
 PASSIVE_HOOKS = "transformers.utils.output_capturing"  # what they collect shows in the output
 
 
@@ -43,7 +48,10 @@ def install(model: Any) -> None:
     which adds up in another order. `QUANTKIT_DECODE=transformers` in the environment, when
     `generate` starts, leaves them to transformers.
     """
+    from quantkit.runtime.step_inputs import StepInputs
+
     model.get_compiled_call = DecodingStep(model)
+    model.prepare_inputs_for_generation = StepInputs(model)
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Record:
     state: list[tuple[object, ...]]
     tensors: list[Tensor]  # of the state
     addresses: list[int]
+    layers: Callable[[Any], tuple[Tensor, ...]] | None = None  # of a layer, its part of `tensors`
     misses: int = 0  # graphs before it in a row that were never replayed
     refused: str = ""
 
@@ -69,6 +78,13 @@ class Record:
             and same(self.state, state_of(cache))
             and self.addresses == [tensor.data_ptr() for tensor in self.tensors]
         )
+
+    def holds(self, cache: Any) -> bool:
+        """Whether a cache that fitted a step ago has its tensors still."""
+        if self.layers is None:
+            return same(self.state, state_of(cache))
+        found = [*chain.from_iterable(map(self.layers, cache.layers))]
+        return len(found) == len(self.tensors) and all(map(operator.is_, self.tensors, found))
 
 
 class DecodingStep:
@@ -105,10 +121,13 @@ class DecodingStep:
             self.reason = str(why)
             return theirs()
         self.reason = ""
+        inputs = model.__dict__.get("prepare_inputs_for_generation")
+        if expect := getattr(inputs, "expect", None):
+            expect(True)
         if self._weights != (weights := weights_of(model)):
             self._records.clear()
             self._weights = weights
-        return partial(self._step, theirs, compiled)
+        return partial(self._step, theirs, compiled, getattr(inputs, "steps", nothing))
 
     def _compile(self, model: Any, config: Any) -> Callable[..., Any]:
         """The model's forward compiled as `config` says but without CUDA graphs."""
@@ -126,17 +145,54 @@ class DecodingStep:
         return self._compiled[key]
 
     def _step(
-        self, theirs: Callable[[], Any], compiled: Callable[..., Any], **arguments: Any
+        self,
+        theirs: Callable[[], Any],
+        compiled: Callable[..., Any],
+        steps_of: Callable[[Any], Steps | None],
+        **arguments: Any,
     ) -> Any:
+        cache = arguments.get("past_key_values")
+        steps = steps_of(cache)
+        if steps is not None and (output := self._again(steps, cache, arguments)) is not None:
+            return output
         try:
-            output = self._own(compiled, arguments)
+            output = self._own(compiled, arguments, steps)
         except Left as why:
             self.reason = str(why)
+            if steps is not None:  # which gives parts of longer tensors
+                arguments |= {
+                    name: arguments[name].clone() for name in ("input_ids", "position_ids")
+                }
             return theirs()(**arguments)
         self.reason = ""
         return output
 
-    def _own(self, compiled: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def _again(self, steps: Steps, cache: Any, arguments: dict[str, Any]) -> Any:
+        """The output of a step that differs from the one before in token and position alone.
+
+        None when that is not known. Within one `generate` the form of the arguments is that of
+        the inputs prepared; the cache, which others can reach, is looked at.
+        """
+        if steps.known is None or not steps.gave(arguments):
+            return None
+        record: Record = steps.known[0]
+        rest, inference = steps.known[1:]
+        if (
+            len(arguments) != len(rest) + len(GIVEN)
+            or any(arguments.get(name, rest) is not value for name, value in rest.items())
+            or torch.is_inference_mode_enabled() != inference
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cuda")
+        ):
+            return None
+        with self._lock:
+            if self._records.get(id(cache)) is not record or not record.holds(cache):
+                return None
+            return record.graph.replay(steps.given, cache)
+
+    def _own(
+        self, compiled: Callable[..., Any], arguments: dict[str, Any], steps: Steps | None
+    ) -> Any:
         """The output of a step; Left when nothing was done."""
         from quantkit.runtime.attention import one_token_attention
 
@@ -160,7 +216,11 @@ class DecodingStep:
                     capture(record, cache)
             record.misses = 0
             self._records.move_to_end(id(cache))
-            return record.graph.replay(tensors, cache)
+            output = record.graph.replay(tensors, cache)
+            if steps is not None and steps.gave(arguments):
+                kept = {name: v for name, v in given.items() if name not in GIVEN}
+                steps.known = record, kept, torch.is_inference_mode_enabled()
+            return output
 
     def _check_step(self, given: dict[str, Any], cache: Any, record: Record | None) -> None:
         """Left when a step that fits no graph should not get one."""
@@ -189,7 +249,7 @@ class DecodingStep:
         state = state_of(cache)
         held = [x for part in state for x in part if isinstance(x, Tensor)]
         places = [tensor.data_ptr() for tensor in held]
-        record = Record(form, graph, state, held, places)
+        record = Record(form, graph, state, held, places, tensors_of(cache.layers, held))
         if not same(before, state):
             record.refused = "the cache counts in Python"
             parts = zip(before[1:], state[1:], cache.layers, strict=True)
@@ -300,6 +360,21 @@ def form_of(arguments: dict[str, Any]) -> tuple[list[Tensor], tuple[object, ...]
 def state_of(cache: Any) -> list[tuple[object, ...]]:
     """Everything the cache and its layers hold."""
     return [tuple(part.__dict__.values()) for part in (cache, *cache.layers)]
+
+
+def tensors_of(layers: list[Any], held: list[Tensor]) -> Callable[[Any], tuple[Tensor, ...]] | None:
+    """What gives the tensors of a layer, when all layers' are those held, by the same names."""
+    names = [name for name, value in layers[0].__dict__.items() if isinstance(value, Tensor)]
+    if len(names) < 2 or not all(layer.__dict__.keys() >= {*names} for layer in layers):
+        return None
+    get = operator.attrgetter(*names)
+    found = [*chain.from_iterable(map(get, layers))]
+    return get if len(found) == len(held) and all(map(operator.is_, found, held)) else None
+
+
+def nothing(cache: Any) -> None:
+    """The steps whose inputs are prepared elsewhere."""
+    return None
 
 
 def same(one: list[tuple[object, ...]], other: list[tuple[object, ...]]) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,15 +25,46 @@ class Turns:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
         self._lock = threading.RLock()
         self._done = torch.cuda.Event()
         self._last: torch.cuda.Stream | None = None
+        with self.aside(torch.cuda.current_stream(device)):
+            self._open()
+
+    def _open(self) -> None:
+        """Begin with memory of its own."""
+        self.pool = torch.cuda.graph_pool_handle()
         self._keeper = torch.cuda.CUDAGraph()
-        with self.aside(torch.cuda.current_stream(device)), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is empty: it keeps the pool between others
             self._keeper.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             self._keeper.capture_end()
+
+    def record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Any]) -> Any:
+        """What `work` gives while it is captured; RuntimeError leaves torch able to capture."""
+        # Not `torch.cuda.graph`, which gives torch's free memory back at every capture.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            try:
+                return work()
+            finally:
+                graph.capture_end()
+        except RuntimeError:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """End what a capture that failed leaves: torch ends it only when CUDA has no complaint.
+
+        The pool would count as captured into, and torch's random numbers as captured; the capture
+        of nothing in a new pool, which succeeds, ends the second. Graphs there are keep theirs.
+        """
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        with suppress(RuntimeError):  # when torch had ended it
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        with suppress(RuntimeError):
+            self._open()
 
     @contextmanager
     def turn(self) -> Iterator[torch.cuda.Stream]:
@@ -105,16 +136,16 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         turns = self._turns
         with turns.turn() as current, turns.aside(current), without_collection():
-            # Not `torch.cuda.graph`, which gives torch's free memory back at every capture.
-            graph.capture_begin(pool=turns.pool, capture_error_mode="thread_local")
-            try:
-                output = self._call(**self._arguments, past_key_values=cache)
-            finally:
-                graph.capture_end()
+            output = turns.record(
+                graph, lambda: self._call(**self._arguments, past_key_values=cache)
+            )
         self._graph, self._kind, self._logits = graph, type(output), output.logits
 
-    def replay(self, tensors: list[Tensor], cache: Any) -> Any:
-        """A step on these inputs; the logits are a copy, as the next replay overwrites them."""
+    def replay(self, tensors: Sequence[Tensor], cache: Any) -> Any:
+        """A step on these inputs, of which the last may be left out: they are as they were.
+
+        The logits are a copy, as the next replay overwrites them.
+        """
         assert self._graph is not None
         assert self._kind is not None
         assert self._logits is not None
@@ -123,8 +154,8 @@ class StepGraph:
             self._graph.replay()
             return self._kind(logits=self._logits.clone(), past_key_values=cache)
 
-    def _fill(self, tensors: list[Tensor]) -> None:
-        for own, given in zip(self._inputs, tensors, strict=True):
+    def _fill(self, tensors: Sequence[Tensor]) -> None:
+        for own, given in zip(self._inputs, tensors, strict=False):
             own.copy_(given)
 
 
