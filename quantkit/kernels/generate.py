@@ -116,6 +116,8 @@ def _hopper_sources(kernel: Kernel) -> Iterator[Source]:
 
 
 def _hopper_bf16_sources(kernel: Kernel) -> Iterator[Source]:
+    text = sm90_tiles.wide_activation_text("bf16", kernel.activations)
+    yield Source(text, "sm90_wide_activation", kernel.arch)
     form = f"{'mxfp8' if kernel.weights == 'mxfp8' else 'fp4'} in bf16"
     for tile in sm90_tiles.TILES:
         for branch in kernel.branches:

@@ -194,3 +194,11 @@ def activation_text(dtype: str) -> str:
     """The source of the activation kernel for inputs in `dtype` (bf16, fp16)."""
     element = {"bf16": "__nv_bfloat16", "fp16": "__half"}[dtype]
     return f'#include "sm90_activation.cuh"\nQUANTKIT_SM90_ACTIVATION(run, {element})\n'
+
+
+def wide_activation_text(dtype: str, activations: str) -> str:
+    """The same of products in bfloat16, for activations in nvfp4 or mxfp8."""
+    element = {"bf16": "__nv_bfloat16", "fp16": "__half"}[dtype]
+    form = {"nvfp4": "kNvfp4", "mxfp8": "kMxfp8"}[activations]
+    include = '#include "sm90_wide_activation.cuh"'
+    return f"{include}\nQUANTKIT_SM90_WIDE_ACTIVATION(run, {element}, {form})\n"

@@ -1,9 +1,11 @@
 """Packed linears on Hopper that FP8 cannot multiply exactly: in bfloat16 `wgmma`.
 
 NVFP4 x NVFP4, and MXFP4 or MXFP8 weights beside MXFP8 activations, with a branch in the same
-launch. Weights stay packed in memory and are decoded in registers; activations are rotated and
-quantized by torch operations, the reference's own, and laid out as bfloat16 tiles. The main loop
-and its schedules are those of `sm90_gemm.cuh`.
+launch. Weights stay packed in memory and are decoded in registers; activations are rotated,
+quantized and laid out as bfloat16 tiles by one kernel (`sm90_wide_activation`), or by torch
+operations, the reference's own, where it does not know how: divisors of the moment, searched
+scales, rotations that are no power of two in 32 to 512. The main loop and its schedules are those
+of `sm90_gemm.cuh`.
 
 A float16 input's bfloat16 branch is rounded to bfloat16, as in `sm90_activation.cuh`.
 """
@@ -18,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from quantkit.errors import QuantkitError
-from quantkit.formats import FORMATS, nvfp4
-from quantkit.kernels import jit, reference, sm90, sm90_tiles
+from quantkit.formats import FORMATS
+from quantkit.kernels import jit, sm90, sm90_tiles
+from quantkit.kernels import sm90_wide_activation as activation
 from quantkit.kernels.capability import Kernel
+from quantkit.kernels.prepare import BRANCH_COLUMNS
 from quantkit.kernels.prepare_wide import prepare_fp4, prepare_mxfp8
-from quantkit.kernels.rotation import rotated
+from quantkit.kernels.sm90_wide_activation import Recipe
 
 if TYPE_CHECKING:
     from quantkit.kernels.dispatch import Work
@@ -44,6 +48,8 @@ def prepare(kernel: Kernel, work: Work, linears: Sequence[Mapping[str, Tensor]])
     text = sm90_tiles.gemm_text(tile, FORMS[work.weights], work.branch)
     jit.compile(text, "sm90_gemm", sm90.ARCH)
     layer = WideLinear(work, linears)
+    if layer.has_kernel:
+        activation.compile_for(work.dtype, work.activations)
     device = layer.rows.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -62,12 +68,14 @@ class WideLinear(nn.Module):
     index: Tensor
     divisor: Tensor | None
     channels: Tensor | None
+    keep: Tensor | None
+    outlier_index: Tensor | None
 
     def __init__(self, work: Work, linears: Sequence[Mapping[str, Tensor]]) -> None:
         super().__init__()
-        self.activations, self.rule = work.activations, work.rule
         self.width, self.form, self.branch = work.width, FORMS[work.weights], work.branch
-        self.hadamard = next(iter(work.hadamard.values())) if work.hadamard else 0
+        hadamard = next(iter(work.hadamard.values())) if work.hadamard else 0
+        self.recipe = Recipe(work.activations, work.rule, hadamard, work.branch)
         lay_out = prepare_mxfp8 if work.weights == "mxfp8" else prepare_fp4
         weights, rows, places, first = [], [], [], 0
         for linear in linears:  # each has its own padding: its rows are found again by `places`
@@ -86,43 +94,55 @@ class WideLinear(nn.Module):
         if divisor is not None and not all(d is not None and d.equal(divisor) for d in others):
             raise QuantkitError("linears that share an input have different input_global_scale")
         self.register_buffer("divisor", divisor, persistent=False)
-        channels = None
+        channels = keep = branch = None
+        self.columns = 0
         if work.branch:
-            channels = linears[0]["outlier_index"]
-            self.columns = len(channels)
-            channels = channels[channels >= 0].long()
+            listed = linears[0]["outlier_index"]
+            self.columns = len(listed)
+            channels, keep = listed[listed >= 0].long(), sm90.outlier_mask(listed, work.width)
+            branch = pad(listed.int(), (0, -len(listed) % BRANCH_COLUMNS[work.branch]), value=-1)
         self.register_buffer("channels", channels, persistent=False)
+        self.register_buffer("keep", keep, persistent=False)
+        self.register_buffer("outlier_index", branch, persistent=False)
+        self.has_kernel = self.recipe.has_kernel(divisor)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(*self.quantize(x), x.dtype)
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """x [M, K]: token tiles, token scales, M."""
-        factor, own = x.new_ones(2, 1, dtype=torch.float32)
-        branch = None
-        if self.channels is not None:
-            branch = pad(x.index_select(1, self.channels), (0, self.columns - len(self.channels)))
-            x = x.index_fill(1, self.channels, 0)  # no block scale sees them
-            if self.branch == "fp8":
-                branch, own = reference.fp8_tokens(branch)
-                branch, own = branch.to(torch.float8_e4m3fn).view(torch.uint8), own[:, 0]
-            else:
-                branch = branch.to(torch.bfloat16)
-        if self.hadamard > 1:
-            x = rotated(x, self.hadamard)
-        if self.activations == "nvfp4":
-            # Without its divisor a value is exact in bfloat16; with it, in general, it is not.
-            values, scale, divisor = nvfp4.elements(x, self.divisor)
-            values = (values * scale[..., None]).flatten(-2)
-            factor = 1 / divisor.float().reshape(1)
-        else:
-            values = reference.quantize_activations(x.float(), self.activations, self.rule, None)
-        tokens = tiles_of(values.to(torch.bfloat16), 128)
-        count = len(tokens) * sm90_tiles.token_tile(len(x))  # with padding
-        if branch is not None:
-            tokens = torch.cat([tokens, tiles_of(branch, 64)], 1)
-            own = pad((own / factor).expand(len(x)), (0, count - len(x)))
-        return tokens, torch.stack([factor.expand(count), own.expand(count)], 1), len(x)
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """forward(silu(gate) * up) of gate_up [M, 2 K]; the kernel keeps that product to itself."""
+        return self.multiply(*self.quantize(gate_up, gated=True), gate_up.dtype)
+
+    def normed(self, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        """forward(x / rms(x) * gain); the kernel keeps that product to itself."""
+        return self.multiply(*self.quantize(x, norm=(gain, epsilon)), x.dtype)
+
+    def quantize(
+        self, x: Tensor, gated: bool = False, norm: tuple[Tensor, float] | None = None
+    ) -> tuple[Tensor, Tensor, int]:
+        """x [M, K] (gated: [M, 2 K]; `norm`: gain and epsilon): token tiles, token scales, M."""
+        recipe, divisor = self.recipe, self.divisor
+        if self.has_kernel and on_gpu(x) and x.dtype in activation.DTYPES:
+            if norm is not None and self.width > activation.MOST_NORMED:
+                x, norm = activation.source_by_torch(x, False, norm), None
+            gain, epsilon = norm or (None, 0.0)
+            tokens, scales = activation.quantize_tokens(
+                x,
+                self.keep,
+                self.outlier_index,
+                divisor,
+                recipe.activations,
+                recipe.rule,
+                recipe.branch == "fp8",
+                recipe.hadamard,
+                gated,
+                gain,
+                epsilon,
+            )
+            return tokens, scales, len(x)
+        x = activation.source_by_torch(x, gated, norm)
+        tokens, scales = activation.by_torch(x, recipe, self.channels, self.columns, divisor)
+        return tokens, scales, len(x)
 
     def multiply(
         self, tokens: Tensor, scales: Tensor, count: int, dtype: torch.dtype = torch.bfloat16
@@ -143,14 +163,6 @@ class WideLinear(nn.Module):
         return y if len(self.index) == self.outputs else y[:, self.index]
 
 
-def tiles_of(x: Tensor, row_bytes: int) -> Tensor:
-    """x [M, K] as token tiles [tiles, bytes]: bricks of 128 or 64 bytes a token, swizzled."""
-    size, chunk = sm90_tiles.token_tile(len(x)), 16 // x.element_size()  # of 16 bytes
-    columns = row_bytes // 16 * chunk
-    x = pad(x, (0, -x.shape[1] % columns, 0, -len(x) % size))
-    chunks = x.reshape(len(x) // size, size, x.shape[1] // columns, row_bytes // 16, chunk)
-    chunks = chunks.transpose(1, 2)
-    row = torch.arange(size, device=x.device)[:, None]
-    place = torch.arange(row_bytes // 16, device=x.device)[None]
-    place = place ^ row * row_bytes // 128 % (row_bytes // 16)
-    return chunks[:, :, row, place].flatten(1).view(torch.uint8)
+def on_gpu(x: Tensor) -> bool:
+    """Whether kernels can read x."""
+    return x.is_cuda

@@ -79,6 +79,10 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float v) { return 1.f / v; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __expf(float v) { return std::exp(v); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
   uint64_t const both = uint64_t(high) << 32 | low;

@@ -14,6 +14,7 @@ from quantkit.kernels import capability, dispatch, reference, sm90, sm90_tiles, 
 from quantkit.kernels.prepare import BRANCH_COLUMNS
 from quantkit.kernels.prepare_wide import prepare_fp4, prepare_mxfp8
 from quantkit.kernels.sm90_tiles import Tile
+from quantkit.kernels.sm90_wide_activation import tiles_of
 from quantkit.pack.layout import channels_of, index_tensor
 from quantkit.pack.scheme import SiteFormat
 from tests.kernels.test_prepare import MAGNITUDES, decode_branch_brick
@@ -135,7 +136,7 @@ def test_no_tokens_give_no_rows(formats: tuple[str, str], branch: str | None) ->
 
 def test_tokens_are_swizzled_tiles() -> None:
     x = torch.arange(3 * 96, dtype=torch.float32).reshape(3, 96).to(torch.bfloat16)
-    tiles = sm90_wide.tiles_of(x, 128).view(torch.bfloat16).reshape(2, 8, 8, 8)  # brick, row, chunk
+    tiles = tiles_of(x, 128).view(torch.bfloat16).reshape(2, 8, 8, 8)  # brick, row, chunk
     assert torch.equal(tiles[0, 2, 5 ^ 2], x[2, 40:48])
     assert torch.equal(tiles[1, 1, 3 ^ 1], x[1, 88:96])
     assert not tiles[1, :, :, :][0, 4:].any()  # columns past the end
