@@ -10,7 +10,7 @@ tensor names (`weight_packed`, `weight_scale`, `outlier_weight`, `outlier_index`
 They share one activation quantization, and N is the sum of their outputs, in order. A module may
 offer its two halves, `quantize(x) -> operands` and `multiply(*operands)`, to be timed apart, and
 `gated(gate_up [M, 2 K]) -> [M, N]`, the same as forward(silu(gate) * up) without that product in
-memory.
+memory, and `normed(x, gain, epsilon) -> [M, N]`, that of x's RMSNorm.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,28 +119,32 @@ def check_near(pair: tuple[Operands, Operands], most: float, what: object = None
         assert (~same(made.branch, wanted.branch)).float().mean() <= 10 * most, what
 
 
-def rows(
-    tokens: int, width: int, dtype: torch.dtype, device: str = "cpu", first: int = 0
-) -> Tensor:
+@cache
+def rows(tokens: int, width: int, dtype: torch.dtype, first: int = 0) -> Tensor:
     """Ordinary rows, and one each of what is not: of every eight, from the `first` on."""
     generator = torch.Generator().manual_seed(width + 31 * tokens + first)
-    spread = torch.exp2(2 * torch.randn(1, width, generator=generator))
-    x = torch.randn(tokens, width, generator=generator) * spread
-    bits = torch.randint(-(1 << 15), 1 << 15, (tokens, width), generator=generator).to(torch.int16)
-    largest = 1 << (10 if dtype == torch.float16 else 7)
-    anything = bits.view(dtype).float()
-    finite = anything.nan_to_num(0, 0, 0)
-    tiny = (bits % largest).view(dtype).float()
-    ties = (bits % 97 - 48).float() / 8 * 2.0 ** torch.randint(-9, 9, (tokens, 1))
-    place = torch.randint(0, width, (tokens, 1), generator=generator)
-    values = (anything, finite, tiny, ties, torch.zeros_like(x))
+    x = torch.randn(tokens, width, generator=generator)
+    x *= torch.exp2(2 * torch.randn(1, width, generator=generator))
+    bits = torch.randint(-(1 << 15), 1 << 15, (tokens, width), generator=generator).short()
+    fraction = 1 << (10 if dtype == torch.float16 else 7)
     for i in range(tokens):
-        kind = (i + first) % 8
-        if kind in (1, 2, 3, 4, 5):
-            x[i] = values[kind - 1][i]
-        elif kind in (6, 7):
-            x[i, place[i]] = torch.nan if kind == 6 else -torch.inf
-    return x.to(dtype).to(device)
+        place = (7 * i + 3) % width
+        match (i + first) % 8:
+            case 1:  # anything
+                x[i] = bits[i].view(dtype).float()
+            case 2:  # anything finite
+                x[i] = bits[i].view(dtype).float().nan_to_num(0, 0, 0)
+            case 3:  # subnormal
+                x[i] = (bits[i] % fraction).view(dtype).float()
+            case 4:  # between two codes, often
+                x[i] = (bits[i] % 97 - 48) / 8 * 2.0 ** (bits[i, 0] % 9 - 4)
+            case 5:
+                x[i] = 0
+            case 6:
+                x[i, place] = torch.nan
+            case 7:
+                x[i, place] = -torch.inf
+    return x.to(dtype)
 
 
 def ordinary(tokens: int, width: int) -> Tensor:
@@ -247,7 +252,7 @@ def test_the_kernel_gives_torchs_bits(
         width += 16 * (activations == "mxfp8" and width % 32 > 0)
         for first in range(8 if tokens < 8 else 1):
             for divisor in (37.5, 448.0, 3e-7) if tokens < 64 else (37.5,):
-                x = rows(tokens, width, dtype, "cuda", first)
+                x = rows(tokens, width, dtype, first).to("cuda")
                 check_equal(both(x, recipe, divisor), (tokens, width, first, divisor))
 
 
@@ -256,7 +261,7 @@ def test_the_kernel_gives_torchs_bits(
 def test_scale_rules_on_the_gpu(rule: str) -> None:
     needs_hopper()
     for branch in BRANCHES:
-        x = rows(40, 1056, torch.bfloat16, "cuda")
+        x = rows(40, 1056, torch.bfloat16).to("cuda")
         check_equal(both(x, Recipe("mxfp8", rule, 0, branch)), branch)
 
 
@@ -320,6 +325,6 @@ def test_modules_gate_norm_and_compile_on_the_gpu(branch: str | None) -> None:
         gain = up[0].abs()
         norm = activation.source_by_torch(x, False, (gain, 1e-6))
         assert relative_error(module.normed(x, gain, 1e-6), module(norm).double()) < 1e-2
-        whole = torch.compile(lambda x: module.normed(x, up[0], 1e-6), fullgraph=True)  # noqa: B023
-        assert torch.equal(whole(x), module.normed(x, up[0], 1e-6))
+        whole = torch.compile(module.normed, fullgraph=True, backend="aot_eager")
+        assert torch.equal(whole(x, gain, 1e-6), module.normed(x, gain, 1e-6))
         torch._dynamo.reset()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import nvfp4
-from quantkit.kernels import capability, dispatch, reference, sm90
+from quantkit.kernels import capability, dispatch, reference, sm90, sm90_wide
 from quantkit.pack.layout import index_tensor
 from quantkit.pack.rounding import round_weight
 from quantkit.pack.scheme import build
@@ -133,7 +133,9 @@ def test_every_linear_of_a_model_gives_what_its_numbers_say(
             want = operand.double() @ weight.double().T
             error = model.get_submodule(name)(x).double() - want
             rounding = want.bfloat16().double() - want
-            bound = max(1.8e-3 * want.norm(), rounding.norm() + 1e-4 * want.norm())
+            # A rotated value between two codes may fall to the other: one here is 9e-4.
+            moved = 1e-3 if rotation else 1e-4
+            bound = max(1.8e-3 * want.norm(), rounding.norm() + moved * want.norm())
             assert error.norm() <= bound, name
     assert "reference" not in dispatch.summary(), dispatch.report()
 
@@ -163,16 +165,17 @@ def test_kernels_agree_with_the_reference(
     assert difference < 0.02, difference
 
 
+@pytest.mark.parametrize(
+    ("weights", "kernel"), [("mxfp4", sm90.ExactFoldLinear), ("nvfp4", sm90_wide.WideLinear)]
+)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (4, 200)])
 def test_norms_inside_the_kernel_give_what_torchs_give(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    weights: str, kernel: Any, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    normed = sm90.ExactFoldLinear.normed
-    monkeypatch.setattr(
-        sm90.ExactFoldLinear, "normed", lambda *args: calls.append(1) or normed(*args)
-    )
-    model = packed_model("bf16")
+    normed = kernel.normed
+    monkeypatch.setattr(kernel, "normed", lambda *args: calls.append(1) or normed(*args))
+    model = packed_model("bf16", weights)
     ids = tokens(*shape)
     with torch.no_grad():
         got = model(ids).logits.float()
