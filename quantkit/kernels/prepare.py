@@ -32,8 +32,8 @@ _BIAS = 7  # the kernel decodes a code as its value times 2^(exponent - 8)
 @dataclass(frozen=True)
 class Plane:
     """One exact GEMM: `weights` [row blocks, bricks, BRICK_BYTES] and, for each padded row, `rows`
-    float32 [rows, 4] = scale, bias, branch scale / scale, 0. `index` are the output rows it adds to
-    (None: all, in order)."""
+    float32 [rows, 4] = scale (negative where `far_apart`), bias, branch scale / scale, 0. `index`
+    are the output rows it adds to (None: all, in order)."""
 
     weights: Tensor
     rows: Tensor
@@ -100,7 +100,7 @@ def prepare_mxfp4(
         fits = todo & (relative >= 0)
         scale = _power_of_two(top - 127 - _BIAS).masked_fill(invalid, torch.nan)
         constants = scale.new_zeros(scale.shape[0], 4)
-        constants[:, 0] = scale
+        constants[:, 0] = scale.where(~far_apart(exponent, fits), -scale)
         parts = [_bricks(bytes_, relative.where(fits, 0), fits)]
         if not planes:
             if bias is not None:
@@ -137,6 +137,21 @@ def wide_rows(weight_packed: Tensor, weight_scale: Tensor) -> int:
     exponent = weight_scale.int()
     span = exponent.where(nonzero, -1).amax(1) - exponent.where(nonzero, 999).amin(1)
     return int((span >= OCTAVES).sum())
+
+
+def far_apart(exponent: Tensor, nonzero: Tensor) -> Tensor:
+    """Say of each row whether one FP8 running sum of all its products would lose too much: bool.
+
+    E8M0 exponents [rows, blocks]. It would where more than a sixteenth of the blocks have a scale
+    less than 2^-1.5 of the scales' root mean square: their products end below the 14 bits of the
+    sum. Weights drawn from one distribution have none; tokens are judged in sm90_activation.cuh.
+    """
+    top = exponent.where(nonzero, -1).amax(1, keepdim=True)
+    relative = (exponent - top).where(nonzero, -torch.inf).float()
+    count = nonzero.sum(1)
+    mean_square = torch.exp2(2 * relative).sum(1) / count
+    low = 2 * relative < torch.log2(mean_square)[:, None] - 3
+    return (low & nonzero).sum(1) * 16 > count
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -317,9 +317,7 @@ def gemm(
         return out
     plan = sm90_tiles.plan(outputs, width, count, _multiprocessors(tokens.device.index))
     tile = plan.tile if dtype == torch.bfloat16 else sm90_tiles.careful(plan.tile)
-    sums = 0  # of tiles, in memory: parts of split ones, or where long running sums rest
-    if plan.split or sm90_tiles.rests(tile, width, form):
-        sums = plan.ctas * tile.row_groups * ROWS * tile.tokens
+    sums = plan.ctas * tile.row_groups * ROWS * tile.tokens if plan.split else 0  # of parts
     partials = _partials(tokens, sums)
     flags = _flags_of_stream(tokens.device)
     bricks, branch_bricks = -(-width // sm90_tiles.BRICK_COLUMNS[form]), 0

@@ -18,7 +18,7 @@ struct ActivationArguments {
   uint16_t const* keep;      // [k]: 0 where an outlier channel leaves the main path; null: none
   int const* outlier_index;  // [branch_columns]: channel, or -1
   uint8_t* tokens;           // [token tile][brick], branch bricks after the main ones
-  float2* token_scales;      // scale, branch scale / scale
+  float2* token_scales;      // scale (negative: see far_apart), branch scale / scale
   int64_t token_tile_bytes;
   int m, k, tile, bricks, branch_columns, branch_fp8;
   int carry;     // added to the bits of a block's largest magnitude: the scale rule
@@ -60,12 +60,26 @@ CUTLASS_DEVICE uint4 quantize(float const (&f)[kUnit], int exponent, float facto
   return make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
 }
 
+// Blocks whose scale is 2^-10.3 of the token's norm or less have bits under 2^-13 of an ordinary
+// sum: where they are more than a sixteenth, one narrow running sum would lose too much. Norms
+// whose square a float does not hold count as such.
+template <int Units>
+CUTLASS_DEVICE int low_units(int const (&exponent)[Units], int top, float square) {
+  float const limit = __log2f(square) - 20.6f;  // of the scale's square
+  int low = 0;
+#pragma unroll
+  for (int v = 0; v < Units; ++v)
+    low += exponent[v] >= 0 && (top < 80 || float(2 * (exponent[v] - 127)) < limit);
+  return __reduce_add_sync(~0u, low);
+}
+
 // Grid: x = tokens, y = CTAs of a cluster that share a token. `Units` a thread.
 template <class Input, int Units, bool Hadamard, Source kSource>
 __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 4 ? 3 : 2)
     quantize_tokens(__grid_constant__ ActivationArguments const args) {
   constexpr bool kGated = kSource == Source::kGated, kNormed = kSource == Source::kNormed;
-  __shared__ int warp_main[16], warp_branch[16], cta_maximum[2];
+  __shared__ int warp_main[16], warp_branch[16], cta_maximum[2], warp_low[16];
+  __shared__ float warp_square[16];
   cutlass::arch::launch_dependent_grids();
   int const threads = blockDim.x, ctas = gridDim.y, part = blockIdx.y, thread = threadIdx.x;
   int const token = blockIdx.x, lane = thread % 32, units = args.k / kUnit;
@@ -103,12 +117,12 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
   }
   float inverse_rms = 0.f;
   if constexpr (kNormed) {
-    __shared__ float warp_square[16], cta_square;
+    __shared__ float of_warp[16], cta_square;
     float square = 0.f;
 #pragma unroll
     for (int v = 0; v < Units; ++v)
       square += sum_of_squares<Input>(raw[v][0]) + sum_of_squares<Input>(raw[v][1]);
-    square = token_sum(square, ctas, warp_square, cta_square);
+    square = token_sum(square, ctas, of_warp, cta_square);
     inverse_rms = rsqrtf(square / float(args.k) + args.epsilon);
 #pragma unroll
     for (int v = 0; v < Units; ++v) {
@@ -142,6 +156,8 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
       }
     }
   }
+  bool const many_tokens = args.tile > 64;  // prefill, which sums up long runs
+  float square = 0.f;
   int exponent[Units], top = 0;
 #pragma unroll
   for (int v = 0; v < Units; ++v) {
@@ -149,12 +165,21 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
     unpack<Input, Hadamard>(raw[v], f, args.hadamard);
     exponent[v] = scale_exponent(block_maximum(f), args.carry);
     if (exponent[v] < 255) top = max(top, exponent[v]);
+    if (many_tokens) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) square += f[i] * f[i];
+    }
   }
 
   // The token's largest block scale and outlier: over the warp, the CTA, the cluster.
   top = __reduce_max_sync(~0u, top), branch = __reduce_max_sync(~0u, branch);
   if (lane == 0) warp_main[thread / 32] = top, warp_branch[thread / 32] = branch;
+  if (many_tokens) {  // a CTA has all of a token
+    square = warp_sum(square);
+    if (lane == 0) warp_square[thread / 32] = square;
+  }
   __syncthreads();
+  if (many_tokens) square = warp_sum(lane < threads / 32 ? warp_square[lane] : 0.f);
   int const other = min(lane, threads / 32 - 1);
   top = __reduce_max_sync(~0u, warp_main[other]),
   branch = __reduce_max_sync(~0u, warp_branch[other]);
@@ -204,6 +229,14 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
     } else {
       *reinterpret_cast<__nv_bfloat16*>(at) = __float2bfloat16(outlier(j) * inverse);
     }
+  }
+  if (many_tokens) {
+    int low = low_units(exponent, top, square);
+    if (lane == 0) warp_low[thread / 32] = low;
+    __syncthreads();
+    low = __reduce_add_sync(~0u, lane < threads / 32 ? warp_low[lane] : 0);
+    if (thread == 0 && low > units / 16)
+      args.token_scales[token].x = -power_of_two(token_exponent);
   }
   if (ctas > 1) cute::cluster_wait();
 }

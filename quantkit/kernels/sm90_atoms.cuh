@@ -98,13 +98,6 @@ CUTLASS_DEVICE uint32_t load_flag(uint32_t const* flag) {
   return v;
 }
 
-// *at += v, in L2; nothing waits for it. Sums of one thread are in its order.
-CUTLASS_DEVICE void reduce_add(float4* at, float4 v) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(v.x),
-               "f"(v.y), "f"(v.z), "f"(v.w)
-               : "memory");
-}
-
 // ---- 16- and 8-bit numbers
 
 // PRMT of a selector whose lower half has bits 0-2 of each nibble only (__byte_perm would mask it).
@@ -192,6 +185,17 @@ CUTLASS_DEVICE void barrier_sync(int id, int threads) {
 
 CUTLASS_DEVICE void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+CUTLASS_DEVICE bool barrier_any(int id, int threads, bool mine) {  // of the threads' `mine`
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.s32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\n"
+      "selp.s32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(int(mine))
+      : "memory");
+  return any;
 }
 
 // ---- wgmma with A from registers

@@ -11,6 +11,7 @@ enum OutputType { kBf16 = 0, kFp16 = 1, kFp32 = 2 };
 struct Arguments {
   uint8_t const* weights;      // [row block][brick], branch bricks after the main ones
   uint8_t const* tokens;       // [token tile][brick], branch bricks after the main ones
+  // Scales are negative where block scales of the row or token lie far apart (prefill asks).
   float4 const* rows;          // a weight row: scale, bias, branch scale / scale, 0
   float2 const* token_scales;  // a token: scale, branch scale / scale
   void* out;                   // [m, n]
@@ -78,14 +79,6 @@ struct TileEpilogue {
     }
   }
 
-  CUTLASS_DEVICE static void add_to_partial(float4* slot, float const (&sum)[kSums]) {
-#pragma unroll
-    for (int j = 0; j < Tokens / 8; ++j) {
-      reduce_add(slot + j * 128,
-                 make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]));
-    }
-  }
-
   CUTLASS_DEVICE static void add_partial(float4 const* slot, float (&sum)[kSums]) {
 #pragma unroll
     for (int j = 0; j < Tokens / 8; ++j) {
@@ -103,7 +96,7 @@ struct TileEpilogue {
     auto value = [&](int j,
                      int i) {  // n8 tile j of the fragment, element i: row i / 2, token i % 2
       uint32_t const scale = load_shared_32(scales + (8 * j + 2 * t + i % 2) * 8);
-      return sum[4 * j + i] * rows[i / 2].x * __uint_as_float(scale) + rows[i / 2].y;
+      return sum[4 * j + i] * fabsf(rows[i / 2].x * __uint_as_float(scale)) + rows[i / 2].y;
     };
     if (args.out_type == kFp32) {
       float* const out = static_cast<float*>(args.out);

@@ -114,9 +114,8 @@ CUTLASS_DEVICE void consume(Arguments const& args, Shared<T> const& shared, int 
       partners = false;
     }
 
-    if constexpr (T::kResting)
-      consumer.multiply_resting(
-          rows, scales, Epilogue::partial(args, blockIdx.x, T::kRowGroups, row_group, thread));
+    if constexpr (T::kLongSums)
+      consumer.multiply_long(rows, scales);
     else if constexpr (T::kPrefill)
       consumer.multiply_wide(rows, scales);
     else

@@ -137,12 +137,12 @@ struct Consumer {
 
   // Prefill: kFlight tokens at a time go through the bricks of a span and then into the sums, so
   // that no running sum is longer than a span and the decoded weights serve all tokens of the tile.
-  static constexpr int kFlight = 64, kSpan = T::kResting ? 1 : 2;
+  static constexpr int kFlight = 64, kSpan = T::kLongSums ? 1 : 2;
 
   template <class Op, int Bricks, int Steps>
   CUTLASS_DEVICE void wide(uint32_t const (&a)[Bricks][Steps][4], uint64_t const (&b)[Bricks],
                            int token_stride, float4 const (&rows)[2], uint32_t factors) {
-    constexpr int kFlights = T::kResting ? 1 : 2;  // in the air, as registers allow
+    constexpr int kFlights = T::kLongSums ? 1 : 2;  // in the air, as registers allow
     float flight[kFlights][kFlight / 2];
     auto land = [&](int h) {
       fence(flight[h % kFlights]);
@@ -220,54 +220,47 @@ struct Consumer {
     }
   }
 
-  // Prefill with long running sums. Registers hold one set of sums, that of the tensor cores. FP8's
-  // are narrow: no more than kPromoteSteps of a run go there, what is left of it through a flight,
-  // and runs are added up in the workspace (`slot`). A branch of 16 bits, last, loses nothing.
-  static constexpr int kShort = 4;  // steps through a flight that cost less than another run
+  // Prefill with long running sums: registers hold one set of sums, that of the tensor cores. FP8's
+  // are narrow: where a small product meets a large sum, its last bits are lost. Numbers of like
+  // size lose next to nothing however long their sum is; others go through a flight at a time.
+  static constexpr int kAsk = 4;  // steps that every sum may take; by then the scales are here
 
-  CUTLASS_DEVICE void multiply_resting(float4 const (&rows)[2], uint32_t scales, float4* slot) {
-    static_assert(T::kStepBricks == 1);
+  CUTLASS_DEVICE void multiply_long(float4 const (&rows)[2], uint32_t scales) {
+    static_assert(T::kStepBricks == 1 && kAsk % 2 == 0);
     using Op = Mma<typename Format::Weight, typename Format::Token, kTokens, Format::kStepElements>;
-    int const one_run = Format::kNarrowSum ? kPromoteSteps + kShort : args.bricks;
-    int const runs = args.bricks <= one_run ? 1 : ceil_div(args.bricks, kPromoteSteps);
-    // Row groups and clusters end a run at different times, so that the tensor cores have work and
-    // L2 does not get all sums at once.
-    int const early = 4 * row_group + 2 * int(blockIdx.x / T::kCluster % 4) - 3;
-    for (int run = 1, step = 0; true; ++run) {
-      int const end = args.bricks * run / runs - (run < runs ? early : 0);
-      int const longest = Format::kNarrowSum ? kPromoteSteps : args.bricks;
-      if (int const last = min(end, step + longest) - 1; step < last) {
-        fence(sum);
-        do {
-          whole_step<Op>(sum), whole_step<Op>(sum);
-          step += 2;
-        } while (step < last);
-        drain();
-        fence(sum);
+    int step = 0, end = args.bricks & ~1;
+    fence(sum);
+    while (step < end) {
+      whole_step<Op>(sum), whole_step<Op>(sum);
+      step += 2;
+      if constexpr (Format::kNarrowSum) {
+        if (step == kAsk && far_apart(rows, scales)) end = step;
       }
-      for (; step < end; ++step) wide_span<1>(rows);
-      if (run == runs) {
-        if constexpr (Branch::kScaled) {
-          wide_branch(rows, scales);
-        } else if constexpr (Branch::kPresent) {
-          using BranchOp =
-              Mma<typename Branch::Element, typename Branch::Element, kTokens, Branch::kStepElements>;
-          fence(sum);
-          for (int i = 0; i < args.branch_bricks; ++i) partial_step<BranchOp, true>(sum, 1);
-          fence(sum);
-        }
-        if (run > 1) T::Epilogue::add_partial(slot, sum);
-        return;
-      }
-      if (run > 1)
-        T::Epilogue::add_to_partial(slot, sum);
-      else
-        T::Epilogue::write_partial(slot, sum);
-      clear(sum);
+    }
+    drain();
+    fence(sum);
+    for (; step < args.bricks; ++step) wide_span<1>(rows);
+    if constexpr (Branch::kScaled) {
+      wide_branch(rows, scales);
+    } else if constexpr (Branch::kPresent) {  // 16 bits lose nothing
+      using BranchOp =
+          Mma<typename Branch::Element, typename Branch::Element, kTokens, Branch::kStepElements>;
+      fence(sum);
+      for (int i = 0; i < args.branch_bricks; ++i) partial_step<BranchOp, true>(sum, 1);
+      fence(sum);
     }
   }
 
  private:
+  // Whether any row of this warpgroup, or token of the tile, has blocks of very different scales:
+  // its own scale is negative then. A thread looks at its rows and at the tokens it copied.
+  CUTLASS_DEVICE bool far_apart(float4 const (&rows)[2], uint32_t scales) const {
+    wait_async_copies();
+    int signs = __float_as_int(rows[0].x) | __float_as_int(rows[1].x);
+    for (int i = thread; i < kTokens / 2; i += 128)
+      signs |= load_shared_32(scales + i * 16) | load_shared_32(scales + i * 16 + 8);
+    return barrier_any(kWarpgroupBarrier + row_group * T::kKGroups + k_group, 128, signs < 0);
+  }
   CUTLASS_DEVICE static void clear(float (&acc)[kTokens / 2]) {
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.f;

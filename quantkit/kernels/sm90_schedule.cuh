@@ -24,8 +24,8 @@ struct Tile {
   static constexpr int kFinished = ceil_div(kRowGroups * kSlices, kParts);
   static constexpr int kCtas = kCluster * kParts;  // of a cluster
   static constexpr bool kPrefill = kTokens > 64;
-  // Prefill with long running sums, which rest in the workspace.
-  static constexpr bool kResting = kPrefill && kPromoteColumns > 512;
+  // Prefill whose running sums are as long as K where that loses nothing.
+  static constexpr bool kLongSums = kPrefill && kPromoteColumns > 512;
 
   static constexpr int kWarpgroups = kRowGroups * kKGroups, kThreads = kWarpgroups * 128 + 128;
   // Multicast takes registers of the producer.

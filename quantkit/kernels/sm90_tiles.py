@@ -18,8 +18,8 @@ from quantkit.kernels.prepare import ROWS
 class Tile:
     """Parameters of `Tile` in `sm90_schedule.cuh`: tokens, 64-row groups, groups along K that add
     up at the end, bricks a group takes per pipeline stage, stages, the columns after which running
-    sums move to FP32, CTAs that fetch tokens for one another, and CTAs of a cluster that share a
-    tile, each with a part of K."""
+    sums move to FP32 (more than 512 in prefill: none, where that loses nothing), CTAs that fetch
+    tokens for one another, and CTAs of a cluster that share a tile, each with a part of K."""
 
     tokens: int
     row_groups: int
@@ -59,7 +59,7 @@ TILES = (
     Tile(64, 2, 2, 1, 5, 2048, parts=2),
     Tile(64, 2, 2, 1, 4, 2048, parts=3),
     Tile(64, 3, 1, 2, 5, 2048),
-    Tile(256, 2, 1, 1, 5, 3840, 2),
+    Tile(256, 2, 1, 1, 5, 65536, 2),
 )
 # Tiles that no plan takes: right on an H200, but not faster there than those above.
 CANDIDATES = (
@@ -157,16 +157,6 @@ def trying(tile: Tile) -> Iterator[None]:
         yield
     finally:
         _trial.remove(tile)
-
-
-def rests(tile: Tile, width: int, weights: str) -> bool:
-    """Whether sums of a prefill tile rest in memory: FP8's, of more than one run of columns.
-
-    K is one run if `promote` columns in one running sum and 512 in shorter ones hold it: a sum of
-    4096 would be up to 1.81e-3 off in bfloat16, shorter ones alone take a sixth longer.
-    """
-    long_sums = weights == "mxfp4" and tile.tokens > 64 and tile.promote > 512
-    return long_sums and width > tile.promote + 512
 
 
 def _tile(tokens: int, rows: int, bricks: int | None = None) -> Tile:

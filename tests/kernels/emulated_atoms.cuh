@@ -181,6 +181,16 @@ inline void barrier_sync(int id, int threads) {
 inline void barrier_arrive(int id, int threads) {
   emulated::meet(emulated::self->cta->barriers[id], threads);
 }
+inline bool barrier_any(int id, int threads, bool mine) {
+  uint32_t& said = emulated::self->cta->said;  // a bit a barrier
+  if (mine) said |= 1u << id;
+  barrier_sync(id, threads);
+  bool const any = said >> id & 1;
+  barrier_sync(id, threads);
+  said &= ~(1u << id);
+  barrier_sync(id, threads);
+  return any;
+}
 
 // ---- copies
 

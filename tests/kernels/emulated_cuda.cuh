@@ -84,6 +84,7 @@ inline float __frcp_rn(float v) { return 1.f / v; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __expf(float v) { return std::exp(v); }
+inline float __log2f(float v) { return std::log2(v); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
   uint64_t const both = uint64_t(high) << 32 | low;
   uint32_t out = 0;
@@ -121,6 +122,7 @@ struct Cta {
   dim3 index;
   Cluster* cluster = nullptr;
   int rank = 0, threads = 0, running = 0;
+  uint32_t said = 0;
   Named barriers[16];
   std::vector<Warp> warps;
   alignas(1024) uint8_t shared[kSharedSize];
@@ -222,6 +224,10 @@ template <class V> V __shfl_xor_sync(unsigned, V v, int lanes) {
 }
 inline int __reduce_max_sync(unsigned, int v) {
   for (int lanes = 1; lanes < 32; lanes *= 2) v = max(v, __shfl_xor_sync(~0u, v, lanes));
+  return v;
+}
+inline int __reduce_add_sync(unsigned, int v) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) v += __shfl_xor_sync(~0u, v, lanes);
   return v;
 }
 

@@ -137,6 +137,27 @@ def test_tiles_are_exact_up_to_their_sum(
     check_tile(tile, width, outputs, branch, tokens, monkeypatch)
 
 
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+def test_prefill_sums_are_long_where_numbers_are_of_like_size(
+    emulator, monkeypatch, branch: str | None
+) -> None:
+    run_on(emulator, monkeypatch)
+    monkeypatch.setattr(sm90_tiles, "careful", lambda tile: tile)  # that of 16-bit results
+    task = work(1184, (192,), branch, 48 if branch else 0)
+    linears = layer(task, "cpu", 119, 121)
+    linears[0]["weight_packed"] |= 0x22  # no block without large numbers, nor a row of zeros
+    module = sm90.ExactFoldLinear(task, linears)
+    x = torch.randn(270, 1184, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for far in ([], [7, 269]):  # tokens with one number far above the others
+        x[far, 5] = 3000.0
+        tokens, scales, count = module.quantize(x)
+        outlier = branch and 5 in linears[0]["outlier_index"]
+        assert (scales[:270, 0] < 0).nonzero()[:, 0].tolist() == ([] if outlier else far)
+        y = module.multiply(tokens, scales, count, torch.float32)
+        assert relative_error(y, exact(task, linears, x)) <= EXACT
+    assert (module.quantize(x[:40])[1][:, 0] > 0)[:40].all()  # decode does not ask
+
+
 ALL_TILES = (*sm90_tiles.TILES, *sm90_tiles.CANDIDATES)
 IN_PARTS = [tile for tile in ALL_TILES if tile.parts > 1]
 

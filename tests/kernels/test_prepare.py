@@ -74,7 +74,7 @@ def decode(prepared: prepare.Prepared) -> tuple[torch.Tensor, torch.Tensor]:
                 for block in bricks
             ]
         )
-        main_rows *= plane.rows[:, :1].double()
+        main_rows *= plane.rows[:, :1].double().abs()  # the sign says something else
         if plane.index is None:
             main += main_rows[: prepared.out_features]
         else:
@@ -91,7 +91,7 @@ def decode(prepared: prepare.Prepared) -> tuple[torch.Tensor, torch.Tensor]:
                     for block in bricks
                 ]
             )
-            branch = (side * plane.rows[:, :1].double() * plane.rows[:, 2:3].double())[
+            branch = (side * plane.rows[:, :1].double().abs() * plane.rows[:, 2:3].double())[
                 : prepared.out_features
             ]
     return main[:, : prepared.in_features], branch
@@ -115,6 +115,18 @@ def test_every_element_is_where_the_kernel_reads_it(rows, columns):
     assert prepared.planes[0].weights.shape[1:] == (-(-columns // 128), prepare.BRICK_BYTES)
     main, _ = decode(prepared)
     assert torch.equal(main, mxfp4.dequantize(packed, scale).double())
+
+
+def test_rows_whose_block_scales_lie_far_apart_are_marked():
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    weight[5, :32] *= 1024  # sums of the other blocks would end below its bits
+    weight[6, : 8 * 32] /= 64  # a sixteenth of the blocks
+    weight[7, : 9 * 32] /= 64
+    weight[8] = 0
+    prepared = prepare.prepare_mxfp4(*mxfp4.quantize(weight, "even"))
+    assert (prepared.planes[0].rows[:, 0] < 0).nonzero()[:, 0].tolist() == [5, 7]
+    main, _ = decode(prepared)
+    assert torch.equal(main, mxfp4.fake_quantize(weight, "even").double())
 
 
 def test_rows_that_span_more_than_sixteen_octaves_take_further_planes():

@@ -282,6 +282,27 @@ def test_long_sums_and_full_range_exponents(width, tokens):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("branch", [None, "bf16", "fp8"])
+@pytest.mark.parametrize("width", [4096, 12320, 28672])
+def test_prefill_sums_of_like_and_of_unlike_numbers(width, branch):
+    needs_hopper()
+    task = work(width, (1024,), branch, 48 if branch else 0)
+    linears = layer(task, "cuda", 119, 121)
+    module = sm90.prepare(KERNEL, task, linears)
+    x = torch.randn(600, width, device="cuda").bfloat16()
+    in_branch = linears[0]["outlier_index"].tolist() if branch else []
+    channel = next(c for c in range(width) if c not in in_branch)
+    for far in ([], [7, 599]):  # tokens with one number far above the others
+        x[far, channel] = 3000.0
+        tokens, scales, count = module.quantize(x)
+        assert (scales[:600, 0] < 0).nonzero()[:, 0].tolist() == far
+        y, expected = module.multiply(tokens, scales, count), exact(task, linears, x)
+        assert relative_error(y, expected) <= BOUNDS[torch.bfloat16]
+        assert relative_error(y[far or [0]], expected[far or [0]]) <= 2e-3  # few numbers' rounding
+        assert torch.equal(y, module.multiply(tokens, scales, count))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rule", ["floor", "even", "ceil", "rceil"])
 @pytest.mark.parametrize("hadamard", [None, {"block": 32}, {"block": 128}])
 def test_activations_are_quantized_as_the_reference_does(rule, hadamard):
