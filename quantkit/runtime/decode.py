@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +91,10 @@ class DecodingStep:
     """Takes the place of a model's `get_compiled_call`, which `generate` asks for its step.
 
     `reason` says why the last step, or the last `generate` that began, was left to transformers;
-    it is empty when it was not.
+    it is empty when it was not. `failed` says why no step of this process is taken any more.
     """
+
+    failed: ClassVar[str] = ""
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)  # which holds this
@@ -115,6 +117,8 @@ class DecodingStep:
         model: Any = self._model()
         theirs = partial(type(model).get_compiled_call, model, compile_config)
         try:
+            if DecodingStep.failed:
+                raise Left(DecodingStep.failed)
             check_model(model)
             compiled = self._compile(model, compile_config)
         except Left as why:
@@ -197,6 +201,8 @@ class DecodingStep:
         from quantkit.runtime.attention import one_token_attention
 
         check_mode()
+        if DecodingStep.failed:
+            raise Left(DecodingStep.failed)
         given = {name: v for name, v in arguments.items() if name != "past_key_values"}
         cache = arguments.get("past_key_values")
         tensors, form = form_of(given)
@@ -267,11 +273,15 @@ class DecodingStep:
 
 
 def capture(record: Record, cache: Any) -> None:
-    """Capture the record's graph, or refuse its cache from now on (Left)."""
+    """Capture the record's graph, or leave every step of this process to transformers (Left).
+
+    What a failed capture leaves behind in torch's allocator is not to be trusted with another.
+    """
     try:
         record.graph.capture(cache)
     except RuntimeError as error:
         record.refused = f"no CUDA graph: {(str(error).splitlines() or [''])[0]}"
+        DecodingStep.failed = record.refused
         raise Left(record.refused) from None
 
 

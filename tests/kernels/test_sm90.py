@@ -297,8 +297,9 @@ def test_prefill_sums_of_like_and_of_unlike_numbers(width, branch):
         tokens, scales, count = module.quantize(x)
         assert (scales[:600, 0] < 0).nonzero()[:, 0].tolist() == far
         y, expected = module.multiply(tokens, scales, count), exact(task, linears, x)
-        assert relative_error(y, expected) <= BOUNDS[torch.bfloat16]
-        assert relative_error(y[far or [0]], expected[far or [0]]) <= 2e-3  # few numbers' rounding
+        # Few different products round to bfloat16 worse than many do: the sum's own part counts.
+        own = relative_error(y, expected) ** 2 - relative_error(expected.bfloat16(), expected) ** 2
+        assert own <= 7e-4**2  # 1.8e-3 with a rounding of 1.66e-3
         assert torch.equal(y, module.multiply(tokens, scales, count))
 
 

@@ -209,11 +209,15 @@ def test_a_cache_that_counts_in_python() -> None:
 
 def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunAgain, "fails", "CUDA error: not permitted\nmore")
+    monkeypatch.setattr(decode.DecodingStep, "failed", "")
     model = model_of()
     ids = tokens()
     found = generate(model, ids)
     assert reason(model) == "no CUDA graph: CUDA error: not permitted"
     assert torch.equal(found, generate(model, ids, disable_compile=True))
+    other = model_of()
+    assert torch.equal(found, generate(other, ids))
+    assert reason(other) == "no CUDA graph: CUDA error: not permitted"
     assert len(RunAgain.made) == 1
 
 
