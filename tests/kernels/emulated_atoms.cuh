@@ -98,9 +98,6 @@ inline void store_matrices(uint32_t address, uint32_t first, uint32_t second) {
 }
 inline void store_flag(uint32_t* flag, uint32_t value) { *flag = value, emulated::moved = true; }
 inline uint32_t load_flag(uint32_t const* flag) { return *flag; }
-inline void reduce_add(float4* at, float4 v) {
-  at->x += v.x, at->y += v.y, at->z += v.z, at->w += v.w;
-}
 
 // ---- FP8
 
