@@ -5,7 +5,8 @@
 Each model generates through transformers' own `generate` with a static cache; FP8 is torch's
 per-token scaled_mm in place of every linear of a block. The compiled decoding step is transformers'
 (torch.compile's CUDA graphs) or quantkit's (`quantkit.runtime.decode`, which `quantkit.load` gives
-packed models); every model runs with both unless `--step` names one, and the table says which.
+packed models); every model runs with both unless `--step` names one, or `own`, which is what a user
+of the model gets, and the table says which.
 Tokens per second count the steps after the first few, from CUDA events at each step; memory is
 what the weights occupy on the GPU before generation, and that of the decoder blocks alone, without
 embedding and output head. These two are bfloat16 in the `bf16` and the `fp8` model always, and in
@@ -51,6 +52,7 @@ QWEN3_8B = {
 WARM_STEPS = 24  # the first steps compile, capture and fill caches
 KINDS = ("bf16", "fp8", "w4a4", "osc")
 STEPS = ("transformers", "quantkit")
+OWN_STEP = {"bf16": STEPS[0], "fp8": STEPS[0], "w4a4": STEPS[1], "osc": STEPS[1]}
 
 
 class Fp8Linear(nn.Module):
@@ -216,8 +218,9 @@ def measure(
     found |= {"weights_bytes": weights, "blocks_bytes": weights - sum(held.values())}
     found |= {f"{name}_bytes": size for name, size in held.items()}
     found["ends"] = ", ".join(f"{name} {words(module)}" for name, module in ends.items())
-    found |= {"kernels": dispatch.summary(), "steps": {step: {} for step in options.step}}
-    for step in options.step:
+    steps = [OWN_STEP[kind] if step == "own" else step for step in options.step]
+    found |= {"kernels": dispatch.summary(), "steps": {step: {} for step in steps}}
+    for step in steps:
         for batch in options.batch:
             torch._dynamo.reset()
             ms = decode(model, batch, options.prompt, options.steps, step)
@@ -227,7 +230,7 @@ def measure(
             )
             save()
     if options.profile:
-        found["profile"] = profile(model, options)
+        found["profile"] = profile(model, options, steps[-1])
     del model
     gc.collect()
     torch.cuda.empty_cache()
@@ -248,13 +251,13 @@ def words(module: nn.Module) -> str:
     return module.format.weights if hasattr(module, "format") else "bf16"
 
 
-def profile(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+def profile(model: Any, options: argparse.Namespace, step: str) -> list[dict[str, Any]]:
     """Where a step's GPU time goes at the first batch size: kernels by total time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
     with torch_profile(activities=[ProfilerActivity.CUDA]) as trace:
-        decode(model, options.batch[0], options.prompt, 8, options.step[-1])
+        decode(model, options.batch[0], options.prompt, 8, step)
     rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)[:15]
     return [
         {"kernel": row.key[:90], "calls": row.count, "us": row.self_device_time_total}
@@ -305,7 +308,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument(
-        "--step", type=lambda text: text.split(","), default=list(STEPS), help="whose, of both"
+        "--step",
+        type=lambda text: text.split(","),
+        default=list(STEPS),
+        help="whose, of both; own: a user's",
     )
     for end in ("--head", "--embedding"):
         parser.add_argument(end, choices=ENDS, help="its format in the packed models, not bf16")

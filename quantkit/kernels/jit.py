@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,11 +150,13 @@ def own_headers(source: str) -> dict[str, str]:
     return found
 
 
-def cache_key(source: str, arch: str, flags: Sequence[str], tools: Toolchain) -> str:
+def cache_key(
+    source: str, headers: Mapping[str, str], arch: str, flags: Sequence[str], tools: Toolchain
+) -> str:
     """Return the digest of everything that decides the machine code of `source`."""
     parts = {
         "source": source,
-        "headers": own_headers(source),
+        "headers": headers,
         "arch": arch,
         "flags": [*BASE_FLAGS, *flags],
         "nvcc": tools.nvcc_version,
@@ -174,7 +176,8 @@ def is_valid(entry: Path) -> bool:
 
 def entry_for(source: str, name: str, arch: str, flags: Sequence[str] = ()) -> Path:
     """Return where `compile` keeps this kernel, whether it is there yet or not."""
-    return cache_dir() / f"{name}-{arch}-{cache_key(source, arch, flags, toolchain())}"
+    key = cache_key(source, own_headers(source), arch, flags, toolchain())
+    return cache_dir() / f"{name}-{arch}-{key}"
 
 
 def compile(source: str, name: str, arch: str, flags: Sequence[str] = ()) -> Path:
@@ -185,8 +188,8 @@ def compile(source: str, name: str, arch: str, flags: Sequence[str] = ()) -> Pat
     entry is returned as it is; a corrupt one is set aside as `*.corrupt` and built again.
     Raises MissingCompiler, and CompileError with the command and the compiler's output.
     """
-    tools = toolchain()
-    entry = cache_dir() / f"{name}-{arch}-{cache_key(source, arch, flags, tools)}"
+    tools, headers = toolchain(), own_headers(source)
+    entry = cache_dir() / f"{name}-{arch}-{cache_key(source, headers, arch, flags, tools)}"
     if is_valid(entry):
         return entry / LIBRARY
     try:
@@ -197,7 +200,7 @@ def compile(source: str, name: str, arch: str, flags: Sequence[str] = ()) -> Pat
                 if alone:  # what a killed build left
                     for left in entry.parent.glob(f".{entry.name}.*"):
                         shutil.rmtree(left, ignore_errors=True)
-                _build(entry, source, name, arch, flags, tools)
+                _build(entry, {SOURCE: source, **headers}, name, arch, flags, tools)
     except PermissionError as error:
         raise QuantkitError(
             f"the kernel cache {cache_dir()} cannot be written: {error.strerror}",
@@ -231,12 +234,18 @@ def command_line(arch: str, flags: Sequence[str], tools: Toolchain) -> list[str]
 
 
 def _build(
-    entry: Path, source: str, name: str, arch: str, flags: Sequence[str], tools: Toolchain
+    entry: Path,
+    sources: Mapping[str, str],
+    name: str,
+    arch: str,
+    flags: Sequence[str],
+    tools: Toolchain,
 ) -> None:
     private = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
     try:
         command = command_line(arch, flags, tools)
-        (private / SOURCE).write_text(source)
+        for file, text in sources.items():  # the texts in the key, whatever an editor does now
+            (private / file).write_text(text)
         (private / COMMAND).write_text(shlex.join(command) + "\n")
         console.note(f"compiling kernel {name} for {arch} (once; kept in {entry.parent})")
         with (private / LOG).open("w") as log:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ARCH = "sm_90a"
 ROTATIONS = (32, 64, 128, 256, 512)  # of the online block Hadamard
+MOST_OUTLIERS = 16384  # of a site: the activation kernel keeps a token's in shared memory
 OVERLAP = True  # launches start while the kernel before ends (programmatic dependent launch)
 OUTPUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)  # numbered as in sm90_epilogue.cuh
 
@@ -66,6 +67,8 @@ def refuse(kernel: Kernel, work: Work) -> str | None:
         return f"{kernel.name} has no scale rule {work.rule!r} for activations"
     if work.width > 65536:
         return f"{kernel.name} takes at most 65536 input channels, not {work.width}"
+    if work.outliers > MOST_OUTLIERS:
+        return f"{kernel.name} takes at most {MOST_OUTLIERS} outlier channels, not {work.outliers}"
     if work.hadamard:
         size = next(iter(work.hadamard.values()))
         if size not in ROTATIONS:

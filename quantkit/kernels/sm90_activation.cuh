@@ -8,6 +8,7 @@
 #pragma once
 
 #include "sm90_activation_parts.cuh"
+#include "sm90_fold.cuh"
 
 namespace quantkit::sm90 {
 
@@ -18,7 +19,7 @@ struct ActivationArguments {
   uint16_t const* keep;      // [k]: 0 where an outlier channel leaves the main path; null: none
   int const* outlier_index;  // [branch_columns]: channel, or -1
   uint8_t* tokens;           // [token tile][brick], branch bricks after the main ones
-  float2* token_scales;      // scale (negative: see far_apart), branch scale / scale
+  float2* token_scales;      // scale (negative: see low_units), branch scale / scale
   int64_t token_tile_bytes;
   int m, k, tile, bricks, branch_columns, branch_fp8;
   int carry;     // added to the bits of a block's largest magnitude: the scale rule
@@ -28,72 +29,30 @@ struct ActivationArguments {
 };
 
 constexpr int kFarBranch = 60;  // octaves that the branch may lie above the main path's range
-
-// Biased exponent of the block scale: 255 for NaN, a large negative number for a block of zeros.
-CUTLASS_DEVICE int scale_exponent(int largest, int carry) {
-  if (largest >= 0x7F800000) return 255;
-  int const exponent = min(max(((largest + carry) >> 23) - 2, 0), 252);
-  return largest ? exponent : -1024;
-}
-
-// Nearest E2M1 multiple of the block scale (ties to even), times `factor`, to 16 E5M2 bytes.
-CUTLASS_DEVICE uint4 quantize(float const (&f)[kUnit], int exponent, float factor) {
-  int const lowest = max(exponent, 0) << 23;
-  float const limit = __int_as_float((max(exponent, 0) + 2) << 23 | 0x400000);  // 6 x scale
-  uint32_t bytes[4];
-#pragma unroll
-  for (int i = 0; i < kUnit; i += 2) {
-    float v[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      // One mantissa bit, and steps of scale / 2 below the scale: the sum with 1.5 x 2^22 times the
-      // leading power of two has its last bit there.
-      int const leading = max(__float_as_int(f[i + h]) & 0x7F800000, lowest);
-      float const magic = __int_as_float(leading + (22 << 23 | 0x400000));
-      float const rounded = fminf((fabsf(f[i + h]) + magic) - magic, limit);
-      v[h] = __int_as_float(__float_as_int(rounded) | (__float_as_int(f[i + h]) & 0x80000000)) *
-             factor;
-    }
-    uint16_t const pair = to_e5m2x2(v[0], v[1]);
-    bytes[i / 4] = i % 4 ? bytes[i / 4] | uint32_t(pair) << 16 : pair;
-  }
-  return make_uint4(bytes[0], bytes[1], bytes[2], bytes[3]);
-}
-
-// Blocks whose scale is 2^-10.3 of the token's norm or less have bits under 2^-13 of an ordinary
-// sum: where they are more than a sixteenth, one narrow running sum would lose too much. Norms
-// whose square a float does not hold count as such.
-template <int Units>
-CUTLASS_DEVICE int low_units(int const (&exponent)[Units], int top, float square) {
-  float const limit = __log2f(square) - 20.6f;  // of the scale's square
-  int low = 0;
-#pragma unroll
-  for (int v = 0; v < Units; ++v)
-    low += exponent[v] >= 0 && (top < 80 || float(2 * (exponent[v] - 127)) < limit);
-  return __reduce_add_sync(~0u, low);
-}
+constexpr unsigned kArrival = 1 << 16;  // of a warp, above the units it counted
 
 // Grid: x = tokens, y = CTAs of a cluster that share a token. `Units` a thread.
 template <class Input, int Units, bool Hadamard, Source kSource>
 __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 4 ? 3 : 2)
     quantize_tokens(__grid_constant__ ActivationArguments const args) {
   constexpr bool kGated = kSource == Source::kGated, kNormed = kSource == Source::kNormed;
-  __shared__ int warp_main[16], warp_branch[16], cta_maximum[2], warp_low[16];
-  __shared__ float warp_square[16];
+  __shared__ int warp_main[16], warp_branch[16], warp_square[16], cta_maximum[2];
+  __shared__ unsigned low_arrived;
   cutlass::arch::launch_dependent_grids();
-  int const threads = blockDim.x, ctas = gridDim.y, part = blockIdx.y, thread = threadIdx.x;
-  int const token = blockIdx.x, lane = thread % 32, units = args.k / kUnit;
+  // Unsigned: quotients by powers of two are shifts.
+  unsigned const threads = blockDim.x, ctas = gridDim.y, part = blockIdx.y, thread = threadIdx.x;
+  unsigned const token = blockIdx.x, lane = thread % 32, warps = threads / 32;
+  unsigned const units = unsigned(args.k) / kUnit, columns = args.branch_columns;
   auto unit_of = [&](int v) { return (v * ctas + part) * threads + thread; };
   if (args.m <= kFew) {  // constants of the site, while the kernel before ends
 #pragma unroll
     for (int v = 0; v < Units; ++v) {
-      int const at = unit_of(v) * kUnit;
-      if (at >= args.k) continue;
-      if (args.keep) prefetch(args.keep + at);
-      if constexpr (kNormed) prefetch(static_cast<Input const*>(args.gain) + at);
+      if (unit_of(v) >= units) continue;
+      if (args.keep) prefetch(args.keep + unit_of(v) * kUnit);
+      if constexpr (kNormed) prefetch(static_cast<Input const*>(args.gain) + unit_of(v) * kUnit);
     }
-    int const j = (part * threads + thread) * 8;
-    if (j < args.branch_columns) prefetch(args.outlier_index + j);
+    unsigned const j = (part * threads + thread) * 8;
+    if (j < columns) prefetch(args.outlier_index + j);
   }
   cutlass::arch::wait_on_dependent_grids();
   size_t const stride = kGated ? 2 * args.k : args.k;
@@ -103,7 +62,7 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
   uint4 raw[Units][2];
 #pragma unroll
   for (int v = 0; v < Units; ++v) {
-    int const unit = unit_of(v);
+    unsigned const unit = unit_of(v);
     raw[v][0] = raw[v][1] = make_uint4(0, 0, 0, 0);
     if (unit < units) {
       raw[v][0] = reinterpret_cast<uint4 const*>(row)[unit * 2];
@@ -114,6 +73,16 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
         raw[v][1] = gated_product<Input>(raw[v][1], up[1]);
       }
     }
+  }
+  auto keep_of = [&](int v, int h) {
+    return __ldg(reinterpret_cast<uint4 const*>(args.keep) + unit_of(v) * 2 + h);
+  };
+  constexpr bool kEarly = Units <= 2;  // masks of more would not fit the registers
+  uint4 keep[Units][2];
+#pragma unroll
+  for (int v = 0; v < Units; ++v) {
+    if (kEarly && args.keep && unit_of(v) < units)
+      keep[v][0] = keep_of(v, 0), keep[v][1] = keep_of(v, 1);
   }
   float inverse_rms = 0.f;
   if constexpr (kNormed) {
@@ -135,15 +104,17 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
     }
   }
   int branch = 0;  // largest magnitude of the outlier channels, as bits
-  auto outlier = [&](int j) {
-    int const channel = args.outlier_index[j];
-    if (channel < 0) return 0.f;
-    if constexpr (kGated) return to_float(gated_product(row[channel], row[args.k + channel]));
-    if constexpr (kNormed) return to_float(normalized(row[channel], gain[channel], inverse_rms));
-    return to_float(row[channel]);
+  auto outlier = [&](unsigned j) {
+    int const channel = __ldg(args.outlier_index + j);
+    if (channel < 0) return from_float<Input>(0.f);
+    if constexpr (kGated) return gated_product(row[channel], row[args.k + channel]);
+    if constexpr (kNormed) return normalized(row[channel], gain[channel], inverse_rms);
+    return row[channel];
   };
-  for (int j = part * threads + thread; j < args.branch_columns; j += ctas * threads) {
-    branch = max(branch, absolute_bits(outlier(j)));
+  Input* const staged = reinterpret_cast<Input*>(dynamic_shared());  // until the scale is known
+  for (unsigned j = part * threads + thread, at = thread; j < columns; j += ctas * threads) {
+    staged[at] = outlier(j), branch = max(branch, absolute_bits(to_float(staged[at])));
+    at += threads;
   }
   if (args.keep) {
 #pragma unroll
@@ -151,7 +122,7 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
       if (unit_of(v) >= units) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        uint4 const mask = __ldg(reinterpret_cast<uint4 const*>(args.keep) + unit_of(v) * 2 + h);
+        uint4 const mask = kEarly ? keep[v][h] : keep_of(v, h);
         raw[v][h].x &= mask.x, raw[v][h].y &= mask.y, raw[v][h].z &= mask.z, raw[v][h].w &= mask.w;
       }
     }
@@ -161,28 +132,39 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
   int exponent[Units], top = 0;
 #pragma unroll
   for (int v = 0; v < Units; ++v) {
-    float f[kUnit];
-    unpack<Input, Hadamard>(raw[v], f, args.hadamard);
-    exponent[v] = scale_exponent(block_maximum(f), args.carry);
+    int largest;
+    if constexpr (Hadamard) {
+      float f[kUnit];
+      unpack<Input, Hadamard>(raw[v], f, args.hadamard);
+      largest = block_maximum(f);
+    } else {
+      largest = block_maximum<Input>(raw[v]);
+    }
+    exponent[v] = scale_exponent(largest, args.carry);
     if (exponent[v] < 255) top = max(top, exponent[v]);
-    if (many_tokens) {
+    if (Units > 1 || many_tokens) {  // a Hadamard keeps the norm
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) square += f[i] * f[i];
+      for (int h = 0; h < 2; ++h) square += about_sum_of_squares<Input>(raw[v][h]);
     }
   }
 
   // The token's largest block scale and outlier: over the warp, the CTA, the cluster.
   top = __reduce_max_sync(~0u, top), branch = __reduce_max_sync(~0u, branch);
   if (lane == 0) warp_main[thread / 32] = top, warp_branch[thread / 32] = branch;
-  if (many_tokens) {  // a CTA has all of a token
-    square = warp_sum(square);
-    if (lane == 0) warp_square[thread / 32] = square;
+  int norm = 0;
+  if (many_tokens) {  // then a CTA has all of a token
+    norm = __reduce_add_sync(~0u, in_scales(square, top));
+    if (lane == 0) warp_square[thread / 32] = norm;
+    if (thread == 0) low_arrived = 0;
   }
   __syncthreads();
-  if (many_tokens) square = warp_sum(lane < threads / 32 ? warp_square[lane] : 0.f);
-  int const other = min(lane, threads / 32 - 1);
-  top = __reduce_max_sync(~0u, warp_main[other]),
+  int const other = min(lane, warps - 1), top_of_warp = warp_main[other];
+  top = __reduce_max_sync(~0u, top_of_warp),
   branch = __reduce_max_sync(~0u, warp_branch[other]);
+  if (many_tokens) {
+    int const apart = min(2 * (top - top_of_warp), 31);
+    norm = __reduce_add_sync(~0u, lane < warps ? warp_square[other] >> apart : 0);
+  }
   if (ctas > 1) {
     if (thread == 0) cta_maximum[0] = top, cta_maximum[1] = branch;
     cute::cluster_arrive();
@@ -200,43 +182,48 @@ __global__ void __launch_bounds__(most_threads(Units), Units > 4 ? 1 : Units == 
   float const inverse = power_of_two(254 - token_exponent);
   int const branch_exponent =
       max((min(branch, 0x7F7FFFFF) + (1 << 19)) >> 23, 9) - 8;  // E4M3, even rule
-  if (thread == 0 && part == 0) {
-    float const ratio = scalbnf(1.f, branch_exponent - token_exponent);
-    args.token_scales[token] = make_float2(power_of_two(token_exponent), ratio);
-  }
-
-  int const tile = token / args.tile, r = token % args.tile;
-  uint8_t* const out = args.tokens + tile * args.token_tile_bytes;
+  unsigned const tile = args.tile, r = token & (tile - 1);  // of a power of two tokens
+  uint8_t* const out = args.tokens + (token >> (31 - __clz(tile))) * args.token_tile_bytes;
+  uint8_t* const mine = out + r * 128 + ((thread % 8 ^ r % 8) << 4);
 #pragma unroll
   for (int v = 0; v < Units; ++v) {
-    int const unit = unit_of(v), brick = unit / 8;
-    float f[kUnit];
-    unpack<Input, Hadamard>(raw[v], f, args.hadamard);
-    float const factor = exponent[v] == 255 ? __int_as_float(0x7FC00000) : inverse;
-    uint4 const bytes = quantize(f, exponent[v], factor);
-    if (brick < args.bricks) {
-      *reinterpret_cast<uint4*>(out + (size_t(brick) * args.tile + r) * 128 +
-                                ((unit % 8 ^ r % 8) << 4)) = bytes;
-    }
-  }
-  uint8_t* const side = out + size_t(args.bricks) * args.tile * 128;
-  for (int j = part * threads + thread; j < args.branch_columns; j += ctas * threads) {
-    int const byte = args.branch_fp8 ? j : 2 * j;
-    uint8_t* const at = side + (size_t(byte / 64) * args.tile + r) * 64 +
-                        ((byte % 64 / 16 ^ r / 2 % 4) << 4) + byte % 16;
-    if (args.branch_fp8) {
-      *at = to_e4m3(outlier(j) * power_of_two(254 - branch_exponent));
+    Factors const factors = factors_of(exponent[v], token_exponent);
+    uint4 bytes;
+    if constexpr (Hadamard || std::is_same_v<Input, __half>) {
+      float f[kUnit];
+      unpack<Input, Hadamard>(raw[v], f, args.hadamard);
+      bytes = quantize(f, factors);
     } else {
-      *reinterpret_cast<__nv_bfloat16*>(at) = __float2bfloat16(outlier(j) * inverse);
+      bytes = quantize(raw[v], factors);
     }
+    unsigned const brick = unit_of(v) / 8;
+    if (brick < args.bricks) *reinterpret_cast<uint4*>(mine + brick * (tile * 128)) = bytes;
   }
-  if (many_tokens) {
-    int low = low_units(exponent, top, square);
-    if (lane == 0) warp_low[thread / 32] = low;
-    __syncthreads();
-    low = __reduce_add_sync(~0u, lane < threads / 32 ? warp_low[lane] : 0);
-    if (thread == 0 && low > units / 16)
-      args.token_scales[token].x = -power_of_two(token_exponent);
+  uint8_t* const side = out + size_t(args.bricks) * tile * 128 + r * 64;
+  for (unsigned j = part * threads + thread, at = thread; j < columns; j += ctas * threads) {
+    float const v = to_float(staged[at]);
+    unsigned const byte = args.branch_fp8 ? j : 2 * j;
+    uint8_t* const to =
+        side + byte / 64 * (tile * 64) + ((byte % 64 / 16 ^ r / 2 % 4) << 4) + byte % 16;
+    if (args.branch_fp8) {
+      *to = to_e4m3(v * power_of_two(254 - branch_exponent));
+    } else {
+      *reinterpret_cast<__nv_bfloat16*>(to) = __float2bfloat16(v * inverse);
+    }
+    at += threads;
+  }
+
+  bool last = thread == 0 && part == 0, mark = false;
+  if (many_tokens) {  // the last warp to count writes for all
+    unsigned const low = low_units(exponent, top, norm);
+    unsigned const before = lane == 0 ? atomicAdd(&low_arrived, low + kArrival) : 0;
+    last = lane == 0 && before / kArrival == warps - 1;
+    mark = before % kArrival + low > units / 16;
+  }
+  if (last) {
+    float const ratio = scalbnf(1.f, branch_exponent - token_exponent);
+    float const scale = power_of_two(token_exponent);
+    args.token_scales[token] = make_float2(mark ? -scale : scale, ratio);
   }
   if (ctas > 1) cute::cluster_wait();
 }
@@ -260,6 +247,7 @@ int launch_activation(ActivationArguments const& args, int overlap, cudaStream_t
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(args.m, ctas), config.blockDim = threads;
+  config.dynamicSmemBytes = ceil_div(args.branch_columns, ctas * threads) * threads * sizeof(Input);
   config.stream = stream, config.attrs = attributes, config.numAttrs = overlap ? 2 : 1;
   auto run = [&](auto hadamard, auto source) -> int {
     constexpr bool kHadamard = decltype(hadamard)::value;

@@ -18,6 +18,17 @@ constexpr int most_threads(int units) { return units == 4 ? 256 : 512; }
 CUTLASS_DEVICE int absolute_bits(float v) { return __float_as_int(v) & 0x7FFFFFFF; }
 CUTLASS_DEVICE float power_of_two(int biased) { return __int_as_float(biased << 23); }
 
+CUTLASS_DEVICE uint32_t bits_of(__nv_bfloat162 v) { return reinterpret_cast<uint32_t&>(v); }
+CUTLASS_DEVICE __nv_bfloat162 pair_of(uint32_t v) { return reinterpret_cast<__nv_bfloat162&>(v); }
+
+template <class Input>
+CUTLASS_DEVICE float to_float(Input v) {
+  if constexpr (std::is_same_v<Input, __half>)
+    return __half2float(v);
+  else
+    return __bfloat162float(v);
+}
+
 // [16 elements] of a token as floats: outliers zeroed, Hadamard applied.
 template <class Input, bool Hadamard>
 CUTLASS_DEVICE void unpack(uint4 const (&raw)[2], float (&f)[kUnit], int hadamard) {
@@ -62,12 +73,17 @@ CUTLASS_DEVICE int block_maximum(float const (&f)[kUnit]) {
   return max(largest, __shfl_xor_sync(~0u, largest, 1));
 }
 
+// The same of 16-bit numbers, two at a time.
 template <class Input>
-CUTLASS_DEVICE float to_float(Input v) {
-  if constexpr (std::is_same_v<Input, __half>)
-    return __half2float(v);
-  else
-    return __bfloat162float(v);
+CUTLASS_DEVICE int block_maximum(uint4 const (&raw)[2]) {
+  uint32_t const words[8] = {raw[0].x, raw[0].y, raw[0].z, raw[0].w,
+                             raw[1].x, raw[1].y, raw[1].z, raw[1].w};
+  uint32_t both = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) both = __vmaxu2(both, words[i] & 0x7FFF7FFFu);
+  both = __vmaxu2(both, __shfl_xor_sync(~0u, both, 1));
+  uint16_t const largest = max(both & 0xFFFF, both >> 16);
+  return __float_as_int(to_float(reinterpret_cast<Input const&>(largest)));
 }
 
 template <class Input>
@@ -119,6 +135,19 @@ CUTLASS_DEVICE float sum_of_squares(uint4 const& x) {
     sum += v * v;
   }
   return sum;
+}
+
+// The same to a part in 64, sooner.
+template <class Input>
+CUTLASS_DEVICE float about_sum_of_squares(uint4 const& x) {
+  if constexpr (std::is_same_v<Input, __nv_bfloat16>) {
+    __nv_bfloat162 const* const v = reinterpret_cast<__nv_bfloat162 const*>(&x);
+    __nv_bfloat162 sum = __hmul2(v[0], v[0]);
+#pragma unroll
+    for (int i = 1; i < 4; ++i) sum = __hfma2(v[i], v[i], sum);
+    return to_float(sum.x) + to_float(sum.y);
+  }
+  return sum_of_squares<Input>(x);
 }
 
 CUTLASS_DEVICE float warp_sum(float v) {  // the same in every lane

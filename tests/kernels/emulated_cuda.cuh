@@ -4,6 +4,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -72,6 +73,24 @@ inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2floa
 inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
   return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
 }
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  auto one = [](__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
+    double const v = double(__bfloat162float(a)) * __bfloat162float(b) + __bfloat162float(c);
+    return __float2bfloat16_rn(float(v));  // twice rounded, which only a tie in bfloat16 can show
+  };
+  return {one(a.x, b.x, c.x), one(a.y, b.y, c.y)};
+}
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__float2bfloat16_rn(__bfloat162float(a.x) * __bfloat162float(b.x)),
+          __float2bfloat16_rn(__bfloat162float(a.y) * __bfloat162float(b.y))};
+}
+inline __nv_bfloat162 __hadd2_rn(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__float2bfloat16_rn(__bfloat162float(a.x) + __bfloat162float(b.x)),
+          __float2bfloat16_rn(__bfloat162float(a.y) + __bfloat162float(b.y))};
+}
+inline __nv_bfloat162 __hsub2_rn(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __hadd2_rn(a, {{uint16_t(b.x.bits ^ 0x8000)}, {uint16_t(b.y.bits ^ 0x8000)}});
+}
 inline __half2 __floats2half2_rn(float low, float high) {
   return {__float2half_rn(low), __float2half_rn(high)};
 }
@@ -85,6 +104,12 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __expf(float v) { return std::exp(v); }
 inline float __log2f(float v) { return std::log2(v); }
+inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) {
+  uint32_t const low = std::max(a & 0xFFFF, b & 0xFFFF), high = std::max(a >> 16, b >> 16);
+  return high << 16 | low;
+}
+inline uint32_t __vminu2(uint32_t a, uint32_t b) { return ~__vmaxu2(~a, ~b); }
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
   uint64_t const both = uint64_t(high) << 32 | low;
   uint32_t out = 0;
@@ -102,6 +127,7 @@ template <class V> V __ldg(V const* at) { return *at; }
 template <class V> V __ldcg(V const* at) { return *at; }
 template <class V> void __stcg(V* at, V v) { *at = v; }
 inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned v) { return std::exchange(*at, *at + v); }
 
 // ---- fibers
 

@@ -147,8 +147,9 @@ cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* config, Kernel kernel, 
   if (config->gridDim.x % cluster) return cudaErrorInvalidValue;
   gridDim = config->gridDim, blockDim = config->blockDim;
   emulated::body = [kernel, &args] { kernel(args); };
-  // Static shared memory is one for all here: such CTAs follow one another.
-  unsigned const each = config->dynamicSmemBytes ? config->gridDim.x : 1;
+  // Static shared memory is one for all here: CTAs that may have such follow one another. The GEMM,
+  // whose CTAs meet, has more than both kinds could be.
+  unsigned const each = config->dynamicSmemBytes > (48 << 10) ? config->gridDim.x : 1;
   for (unsigned first = 0; first < config->gridDim.x; first += each) {
     cudaError_t const error = emulated::run_ctas(*config, first, each, cluster);
     if (error != cudaSuccess) return error;

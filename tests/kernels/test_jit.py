@@ -63,7 +63,7 @@ def test_whatever_decides_the_machine_code_is_in_the_key(
 
     def key(source: str = source, arch: str = "sm_90a", flags: tuple[str, ...] = ()) -> str:
         jit._nvcc_version.cache_clear()
-        return jit.cache_key(source, arch, flags, jit.toolchain())
+        return jit.entry_for(source, "kernel", arch, flags).name
 
     keys = [key(), key(source + " "), key(arch="sm_100a"), key(flags=("-DX",))]
     (headers / "inner.cuh").write_text("// 2")
@@ -73,6 +73,27 @@ def test_whatever_decides_the_machine_code_is_in_the_key(
     assert len(set(keys)) == len(keys)
     (headers / "unrelated.cuh").write_text("// not included")
     assert key() == keys[-1]
+
+
+def test_what_is_compiled_is_what_the_key_names(
+    nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers that are edited while the compiler runs do not end up under the old key."""
+    headers = tmp_path / "headers"
+    headers.mkdir()
+    monkeypatch.setattr(jit, "DEVICE_CODE", headers)
+    (headers / "outer.cuh").write_text("// 1")
+    real = jit.subprocess.run
+
+    def edited(command: list[str], **options: object) -> object:
+        if "-o" in command:
+            (headers / "outer.cuh").write_text("// 2")
+        return real(command, **options)
+
+    monkeypatch.setattr(jit.subprocess, "run", edited)
+    entry = jit.compile('#include "outer.cuh"\n', "kernel", "sm_90a").parent
+    assert (entry / "outer.cuh").read_text() == "// 1"
+    assert jit.compile('#include "outer.cuh"\n', "kernel", "sm_90a").parent != entry
 
 
 def test_two_processes_build_once(nvcc: Path, tmp_path: Path) -> None:
@@ -99,11 +120,11 @@ def test_without_locks_the_loser_of_a_race_removes_its_own(
         done = real(command, **options)
         if "-o" in command and not entry.exists():  # the winner renames its build meanwhile
             monkeypatch.setattr(jit.subprocess, "run", real)
-            jit._build(entry, "int a;", "kernel", "sm_90a", (), jit.toolchain())
+            jit._build(entry, {jit.SOURCE: "int a;"}, "kernel", "sm_90a", (), jit.toolchain())
         return done
 
     monkeypatch.setattr(jit.subprocess, "run", slow_compiler)
-    jit._build(entry, "int a;", "kernel", "sm_90a", (), jit.toolchain())
+    jit._build(entry, {jit.SOURCE: "int a;"}, "kernel", "sm_90a", (), jit.toolchain())
     assert builds(tmp_path) == 2
     assert [path.name for path in entry.parent.iterdir()] == [entry.name]
 

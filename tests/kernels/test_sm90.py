@@ -38,6 +38,7 @@ def test_refusals_name_what_cannot_run():
     assert "multiple of 32" in (sm90.refuse(KERNEL, work(width=40)) or "")
     assert "no scale rule 'mse'" in (sm90.refuse(KERNEL, replace(work(), rule="mse")) or "")
     assert "not 4096" in (sm90.refuse(KERNEL, work(hadamard={"size": 4096})) or "")
+    assert "not 16400" in (sm90.refuse(KERNEL, work(width=32768, outliers=16400)) or "")
 
 
 def layer(work: dispatch.Work, device: str = "cpu", low: int = 112, high: int = 128, seed: int = 0):
