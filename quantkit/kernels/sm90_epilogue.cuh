@@ -19,15 +19,16 @@ struct Arguments {
   uint32_t* flags;             // a CTA: its partial sum is written; 0 between launches
   int64_t token_tile_bytes;
   int m, n, row_blocks, row_tiles, token_tiles, bricks, branch_bricks;
-  int split, ahead, out_type;
+  int split;     // tiles are shared by CTAs
+  int ahead;     // first steps whose weights are fetched while the kernel before ends
+  int out_type;  // OutputType
 };
 
 template <int Tokens, int KGroups>
 struct TileEpilogue {
-  // Tokens a pass; prefill has better uses for shared memory.
-  static constexpr int kStaged = Tokens < 32 ? Tokens : 32;
-  static constexpr int kPitch = 144;  // 64 rows of 16 bits, and 16 bytes against bank conflicts
-  static constexpr int kPartsAt = (kStaged * kPitch + 127) / 128 * 128;
+  static constexpr int kStaged = Tokens > 64 ? 64 : Tokens > 32 ? 32 : Tokens;  // tokens a pass
+  static constexpr int kPitch = 128;  // 64 rows of 16 bits, 16-byte chunk c of token r at c ^ r % 8
+  static constexpr int kPartsAt = kStaged * kPitch;
   static constexpr int kTokens = Tokens, kSums = Tokens / 2;  // sums of a thread
   static constexpr int kSumBytes = Tokens * 256;              // of 64 rows
   static constexpr int kBytes = kPartsAt + (KGroups - 1) * kSumBytes;
@@ -93,19 +94,21 @@ struct TileEpilogue {
                                    float4 const (&rows)[2], uint32_t scales, uint32_t staging,
                                    int row0, int token0, int thread, int barrier) {
     int const lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    auto value = [&](int j,
-                     int i) {  // n8 tile j of the fragment, element i: row i / 2, token i % 2
-      uint32_t const scale = load_shared_32(scales + (8 * j + 2 * t + i % 2) * 8);
+    // n8 tile j of the fragment, element i: row i / 2, token i % 2.
+    auto token_pair = [&](int j) { return load_shared_128(scales + (8 * j + 2 * t) * 8); };
+    auto value = [&](int j, int i, uint4 const& pair) {
+      uint32_t const scale = i % 2 ? pair.z : pair.x;
       return sum[4 * j + i] * fabsf(rows[i / 2].x * __uint_as_float(scale)) + rows[i / 2].y;
     };
     if (args.out_type == kFp32) {
       float* const out = static_cast<float*>(args.out);
 #pragma unroll
       for (int j = 0; j < Tokens / 8; ++j) {
+        uint4 const pair = token_pair(j);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           int const token = token0 + 8 * j + 2 * t + i % 2, row = row0 + warp * 16 + g + i / 2 * 8;
-          if (token < args.m && row < args.n) out[size_t(token) * args.n + row] = value(j, i);
+          if (token < args.m && row < args.n) out[size_t(token) * args.n + row] = value(j, i, pair);
         }
       }
       return;
@@ -124,8 +127,11 @@ struct TileEpilogue {
 #pragma unroll
       for (int jj = 0; jj < kStaged / 8; ++jj) {
         int const j = pass * (kStaged / 8) + jj;
-        uint32_t const at = staging + (jj * 8 + lane % 8) * kPitch + warp * 32 + lane / 8 % 2 * 16;
-        store_matrices(at, pack(value(j, 0), value(j, 1)), pack(value(j, 2), value(j, 3)));
+        uint4 const pair = token_pair(j);
+        uint32_t const at = staging + (jj * 8 + lane % 8) * kPitch +
+                            ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+        store_matrices(at, pack(value(j, 0, pair), value(j, 1, pair)),
+                       pack(value(j, 2, pair), value(j, 3, pair)));
       }
       barrier_sync(barrier, 128);
 #pragma unroll
@@ -133,7 +139,7 @@ struct TileEpilogue {
         int const chunk = i * 128 + thread, token = chunk / 8, row = row0 + chunk % 8 * 8;
         if (token >= kStaged || token0 + pass * kStaged + token >= args.m || row >= args.n)
           continue;
-        uint4 const v = load_shared_128(staging + token * kPitch + chunk % 8 * 16);
+        uint4 const v = load_shared_128(staging + token * kPitch + (chunk ^ token) % 8 * 16);
         uint16_t* const to = out + size_t(token0 + pass * kStaged + token) * args.n + row;
         if (args.n % 8 == 0) {
           *reinterpret_cast<uint4*>(to) = v;
