@@ -214,18 +214,26 @@ def outlier_mask(index: Tensor, width: int) -> Tensor:
     return keep
 
 
-def token_bytes(tile: int, width: int, branch_bricks: int) -> int:
-    """Bytes of one token tile: 128 a token and main brick, 64 a token and branch brick."""
-    return tile * (-(-width // COLUMNS) * 128 + branch_bricks * 64)
+def aligned(x: Tensor) -> Tensor:
+    """x as the activation kernels read it: contiguous, 16 bytes at a time."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def _allocate(x: Tensor, index: Tensor | None, fp8: bool, gated: bool) -> tuple[Tensor, Tensor]:
+def allocate(
+    x: Tensor, index: Tensor | None, fp8: bool, gated: bool, columns: int = COLUMNS
+) -> tuple[Tensor, Tensor]:
+    """Memory for token tiles [tiles, bytes] and token scales float32 [tokens, 2] of x.
+
+    A tile has 128 bytes a token and main brick (of `columns`), 64 a token and branch brick.
+    """
     width = x.shape[1] // 2 if gated else x.shape[1]
     branch = 0 if index is None else len(index) // BRANCH_COLUMNS["fp8" if fp8 else "bf16"]
     tile = sm90_tiles.token_tile(len(x))
     tiles = -(-len(x) // tile)
     return (
-        x.new_empty(tiles, token_bytes(tile, width, branch), dtype=torch.uint8),
+        x.new_empty(tiles, tile * (-(-width // columns) * 128 + branch * 64), dtype=torch.uint8),
         x.new_empty(tiles * tile, 2, dtype=torch.float32),
     )
 
@@ -250,11 +258,8 @@ def quantize_tokens(
     the mean and the first product in float32, to x's type before the gain and after it. Only the
     order in which the squares are added is this kernel's own.
     """
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    if gain is not None and (not gain.is_contiguous() or gain.data_ptr() % 16):
-        gain = gain.clone(memory_format=torch.contiguous_format)
-    tokens, scales = _allocate(x, index, fp8, gated)
+    x, gain = aligned(x), None if gain is None else aligned(gain)
+    tokens, scales = allocate(x, index, fp8, gated)
     if len(x) == 0:
         return tokens, scales
     width = x.shape[1] // 2 if gated else x.shape[1]
@@ -295,7 +300,7 @@ def _(
     gain: Tensor | None = None,
     epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return _allocate(x, index, fp8, gated)
+    return allocate(x, index, fp8, gated)
 
 
 @torch.library.custom_op("quantkit::sm90_gemm", mutates_args=())

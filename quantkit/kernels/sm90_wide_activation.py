@@ -17,7 +17,6 @@ from torch.nn.functional import pad, silu
 from quantkit.formats import e8m0, nvfp4
 from quantkit.formats.element import E4M3
 from quantkit.kernels import jit, reference, sm90, sm90_tiles
-from quantkit.kernels.prepare import BRANCH_COLUMNS
 from quantkit.kernels.prepare_wide import COLUMNS
 from quantkit.kernels.rotation import rotated
 
@@ -126,17 +125,6 @@ def _source(dtype: torch.dtype, activations: str) -> tuple[str, str, str]:
     return text, "sm90_wide_activation", sm90.ARCH
 
 
-def _allocate(x: Tensor, index: Tensor | None, fp8: bool, gated: bool) -> tuple[Tensor, Tensor]:
-    width = x.shape[1] // 2 if gated else x.shape[1]
-    side = 0 if index is None else len(index) // BRANCH_COLUMNS["fp8" if fp8 else "bf16"]
-    tile = sm90_tiles.token_tile(len(x))
-    tiles = -(-len(x) // tile)
-    return (
-        x.new_empty(tiles, tile * (-(-width // COLUMNS) * 128 + side * 64), dtype=torch.uint8),
-        x.new_empty(tiles * tile, 2, dtype=torch.float32),
-    )
-
-
 @torch.library.custom_op("quantkit::sm90_quantize_wide", mutates_args=())
 def quantize_tokens(
     x: Tensor,
@@ -158,11 +146,8 @@ def quantize_tokens(
     silu(gate) * up is quantized. `gain` [K]: the RMSNorm of x is, as in `sm90.quantize_tokens`.
     Rows of a tile past M are left as they were.
     """
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    if gain is not None and (not gain.is_contiguous() or gain.data_ptr() % 16):
-        gain = gain.clone(memory_format=torch.contiguous_format)
-    tokens, scales = _allocate(x, index, fp8, gated)
+    x, gain = sm90.aligned(x), None if gain is None else sm90.aligned(gain)
+    tokens, scales = sm90.allocate(x, index, fp8, gated, COLUMNS)
     if len(x) == 0:
         return tokens, scales
     width = x.shape[1] // 2 if gated else x.shape[1]
@@ -206,4 +191,4 @@ def _(
     gain: Tensor | None = None,
     epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    return _allocate(x, index, fp8, gated)
+    return sm90.allocate(x, index, fp8, gated, COLUMNS)

@@ -20,7 +20,7 @@ from transformers import CompileConfig, StaticCache
 import quantkit
 from quantkit.errors import UsageError
 from quantkit.pack.job import PackOptions
-from quantkit.runtime import attention, decode
+from quantkit.runtime import attention, decode, step_checks
 from quantkit.runtime.step_graph import StepGraph
 from tests.tiny import tiny_model
 
@@ -70,7 +70,7 @@ def _graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(RunAgain, "made", [])
     monkeypatch.setattr(decode, "StepGraph", RunAgain)
     monkeypatch.setattr(decode, "turns_of", lambda device: NoTurns())
-    monkeypatch.setattr(decode, "check_device", lambda model: None)
+    monkeypatch.setattr(step_checks, "check_device", lambda model: None)
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     yield
     gc.collect()
@@ -166,9 +166,9 @@ def test_models_that_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == model.__call__
         return reason(model)
 
-    monkeypatch.setattr(decode, "check_device", DEVICE)
+    monkeypatch.setattr(step_checks, "check_device", DEVICE)
     assert why(model_of()) == "the model is on cpu"
-    monkeypatch.setattr(decode, "check_device", lambda model: None)
+    monkeypatch.setattr(step_checks, "check_device", lambda model: None)
     model = model_of()
     assert model.get_compiled_call(None) != model.__call__
     assert reason(model) == ""
@@ -185,7 +185,7 @@ def test_models_that_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         model.get_compiled_call(None)
 
 
-DEVICE = decode.check_device
+DEVICE = step_checks.check_device
 
 
 def test_hooks_of_transformers_that_only_collect() -> None:
@@ -383,11 +383,11 @@ def test_loaded_packed_models_have_it(tmp_path: Path, monkeypatch: pytest.Monkey
         assert isinstance(model.get_compiled_call, decode.DecodingStep)
         found = generate(model, tokens())
         assert reason(model) == ""
-        monkeypatch.setattr(decode, "check_device", DEVICE)
+        monkeypatch.setattr(step_checks, "check_device", DEVICE)
         again = generate(model, tokens())
         assert reason(model) == "the model is on cpu"
         assert torch.equal(found, again)
-        monkeypatch.setattr(decode, "check_device", lambda model: None)
+        monkeypatch.setattr(step_checks, "check_device", lambda model: None)
     assert not isinstance(
         getattr(quantkit.load("model"), "get_compiled_call", None), decode.DecodingStep
     )
